@@ -1,0 +1,1 @@
+"""Quality, size and speed, each with the protocol it was measured under."""

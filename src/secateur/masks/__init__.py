@@ -1,0 +1,1 @@
+"""Targets, exact selection, and the bit-packed record of what is gone."""

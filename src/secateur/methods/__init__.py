@@ -1,0 +1,20 @@
+"""One paper, one file. ``methods[name]`` is the class; ``secateur methods`` lists them all."""
+
+from secateur.methods.base import Decision, Method, Need
+from secateur.registry import Registry
+
+methods: Registry[type[Method]] = Registry(
+    "method",
+    {
+        "magnitude": "secateur.methods.magnitude:Magnitude",
+        "wanda": "secateur.methods.wanda:Wanda",
+        "gblm": "secateur.methods.gblm:GBLM",
+        "gradient": "secateur.methods.gblm:Gradient",
+        "ria": "secateur.methods.ria:RIA",
+        "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
+        "random": "secateur.methods.magnitude:Random",
+    },
+    group="secateur.methods",
+)
+
+__all__ = ["Decision", "Method", "Need", "methods"]

@@ -1,0 +1,103 @@
+"""What a method is: a score for every weight, and what it needs to know to give it.
+
+A method's core is a pure function on tensors. Writing one takes a dozen lines::
+
+    @dataclass(frozen=True)
+    class MyMethod(Method):
+        name = "mine"
+        summary = "|W| times the mean square of its input"
+        needs = frozenset({Need.INPUTS})
+
+        def score(self, weight, evidence):
+            return weight.abs() * evidence.moments().mean_square()
+
+``secateur.testing.check_method(MyMethod())`` proves that it behaves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from secateur.errors import UsageError
+from secateur.evidence.statistics import Evidence
+from secateur.masks.target import Cut, Scope
+
+Update = Literal["none", "obs", "exact"]
+
+
+class Need(StrEnum):
+    """Kinds of evidence the engine can gather; each is gathered once for all who need it."""
+
+    INPUTS = "inputs"
+    """Mean square of each input feature (diagonal second moments)."""
+    GRAM = "gram"
+    """Full second moments of the inputs."""
+    GRAD_L1 = "grad-l1"
+    GRAD_L2 = "grad-l2"
+    GRAD_SIGNED = "grad-signed"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method decided for one matrix.
+
+    Attributes:
+        mask: (d_out, d_in) bool, True where the weight goes.
+        weight: survivors' new values if the method computes them, else None (unchanged).
+        score: the importance it ranked by, for pictures and ``secateur why``; may be None.
+    """
+
+    mask: Tensor
+    weight: Tensor | None = None
+    score: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Ranks the weights of a matrix; subclasses are frozen dataclasses, their fields the options."""
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    scope: ClassVar[Scope] = Scope("row")
+    update: ClassVar[Update] = "none"
+
+    def requirements(self) -> frozenset[Need]:
+        """The evidence needed with these options (``needs`` unless options change it)."""
+        return self.needs
+
+    @abstractmethod
+    def score(self, weight: Tensor, evidence: Evidence) -> Tensor:
+        """Importance of each weight, float32 (d_out, d_in), higher = keep.
+
+        Args:
+            weight: (d_out, d_in), float32.
+            evidence: what ``requirements`` asked for.
+        """
+
+    def decide(self, weight: Tensor, evidence: Evidence, cut: Cut) -> Decision:
+        """Choose what goes. The default ranks by ``score``; SparseGPT chooses while it updates."""
+        from secateur.masks.selection import select
+
+        score = self.score(weight, evidence)
+        return Decision(select(score, cut, evidence.name), None, score)
+
+    @classmethod
+    def with_options(cls, options: dict[str, Any]) -> Method:
+        """Build from a recipe's options; an unknown one is refused with the known ones named."""
+        known = {f.name: f for f in fields(cls)}
+        for key in options:
+            if key not in known:
+                raise UsageError(
+                    f"method '{cls.name}' has no such option",
+                    field=key,
+                    value=options[key],
+                    fix=f"options: {', '.join(known) or 'none'}",
+                )
+        return cls(**options)

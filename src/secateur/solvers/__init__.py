@@ -1,0 +1,1 @@
+"""Pure tensor algebra: OBS sweeps, masked least squares. Knows nothing of models."""
