@@ -43,7 +43,7 @@ class Target:
             if value is None:
                 return asked
             given = cls.parse(value)
-            if given.is_pattern and given != asked or abs(given.sparsity - asked.sparsity) > 1e-9:
+            if (given.is_pattern and given != asked) or abs(given.sparsity - asked.sparsity) > 1e-9:
                 raise UsageError(
                     f"contradicts the pattern {pattern}, which removes {asked.sparsity:.4g} of the weights",
                     field="sparsity",

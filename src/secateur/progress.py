@@ -1,0 +1,68 @@
+"""Progress that library code reports to, and that the command line draws.
+
+Library functions take ``progress: Progress = SILENT`` and never print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[float], None]
+
+
+class Progress:
+    """Says nothing; the base of every other kind."""
+
+    @contextmanager
+    def stage(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Advance]:
+        """A named stretch of work of ``total`` steps; call the yielded function to advance.
+
+        >>> with SILENT.stage("blocks", total=2) as advance:
+        ...     advance(1)
+        """
+        yield lambda steps=1.0: None
+
+    def note(self, message: str) -> None:
+        """Something worth a line to the user."""
+
+
+class RichProgress(Progress):
+    """A bar with elapsed time and ETA on standard error (standard output stays for results)."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+
+    @contextmanager
+    def stage(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Advance]:
+        """See ``Progress.stage``."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bars
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Bars(*columns, console=self.console) as bars:
+            task = bars.add_task(label, total=total)
+            yield lambda steps=1.0: bars.advance(task, steps)
+
+    def note(self, message: str) -> None:
+        """See ``Progress.note``."""
+        self.console.print(message, highlight=False)
+
+
+SILENT = Progress()
