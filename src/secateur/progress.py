@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 Advance = Callable[[float], None]
+
+
+def _nothing(steps: float = 1.0) -> None:
+    """Advance no bar."""
 
 
 class Progress:
@@ -21,7 +26,7 @@ class Progress:
         >>> with SILENT.stage("blocks", total=2) as advance:
         ...     advance(1)
         """
-        yield lambda steps=1.0: None
+        yield _nothing
 
     def note(self, message: str) -> None:
         """Something worth a line to the user."""
@@ -58,7 +63,7 @@ class RichProgress(Progress):
         )
         with Bars(*columns, console=self.console) as bars:
             task = bars.add_task(label, total=total)
-            yield lambda steps=1.0: bars.advance(task, steps)
+            yield partial(bars.advance, task)
 
     def note(self, message: str) -> None:
         """See ``Progress.note``."""
