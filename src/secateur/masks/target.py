@@ -74,7 +74,7 @@ class Target:
                 fix="a number in [0, 1) such as 0.5, or N:M",
             ) from None
         if not math.isfinite(number) or not 0 <= number < 1:
-            fix = f"did you mean {number / 100:g}?" if 1 < number < 100 else "0.5 removes half"
+            fix = f"did you mean {number / 100:g}?" if 5 <= number < 100 else "0.5 removes half"
             raise UsageError("a sparsity lies in [0, 1)", field="sparsity", value=value, fix=fix)
         return cls(number)
 
