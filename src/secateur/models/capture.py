@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.models.anatomy import Matrix
+from secateur.models.matrix import Matrix
 
 Callback = Callable[[Matrix, Tensor], None]
 
