@@ -159,6 +159,8 @@ class Recipe(_Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+_PARTS: dict[str, type[_Part]] = {"calibration": Calibration, "evaluation": Evaluation}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "update": "none"},
     "good": {"method": "sparsegpt", "update": "exact"},
@@ -174,9 +176,9 @@ def _readable(error: ValidationError) -> SecateurError:
     path = [str(p) for p in first["loc"] if p not in ("float", "str")]
     field = ".".join(path) or "recipe"
     if first["type"] == "extra_forbidden":
-        part: type[BaseModel] = Recipe
+        part: type[_Part] = Recipe
         for key in path[:-1]:
-            part = {"calibration": Calibration, "evaluation": Evaluation}.get(key, part)
+            part = _PARTS.get(key, part)
         near = difflib.get_close_matches(path[-1], part.model_fields, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         known = ", ".join(part.model_fields)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from secateur.evidence.replay import Replay, _Stop
 from secateur.evidence.statistics import InputMoments
-from secateur.models.anatomy import Block, Matrix, capture_inputs
+from secateur.models.anatomy import Block, Matrix
+from secateur.models.capture import Capture, capture_inputs
 
 
 class BlockInputs:
@@ -78,14 +79,12 @@ def gather_inputs(
                     found.moments[matrix.name] = InputMoments(
                         x.shape[-1], gram=gram, device=x.device
                     )
-                keep = replay.keep[batch]
-                fits = keep is not None and keep.numel() == x.numel() // x.shape[-1]
-                found.moments[matrix.name].update(x, keep if fits else None)
+                found.moments[matrix.name].update(x, _real(replay.keep[batch], capture))
             left.discard(matrix.name)
             if matrices is not None and not left:
                 raise _Stop
 
-        with capture_inputs(watched, count):
+        with capture_inputs(watched, count) as capture:
             try:
                 output = replay.run(block, batch)
                 if keep_outputs:
@@ -96,3 +95,10 @@ def gather_inputs(
         found.moments[name] = found.moments[leader]
         found.moments[name].check(name)
     return found, outputs
+
+
+def _real(keep: Tensor | None, capture: Capture) -> Tensor | None:
+    """Which of the tokens now seen are real; an expert sees a selection of the batch's rows."""
+    if keep is None or capture.rows is None:
+        return keep
+    return keep.reshape(-1)[capture.rows]
