@@ -114,7 +114,7 @@ class Shard:
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         if tensor.numel() == 0:
             return tensor
-        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._offsets[name])
             done = 0
