@@ -177,8 +177,10 @@ class TensorFiles:
         self.paths = [Path(path) for path in paths]
         self._where: dict[str, Path] = {}
         self._specs: dict[str, TensorSpec] = {}
+        self.metadata: list[dict[str, str]] = []
         for path in self.paths:
             with opened(path) as handle:
+                self.metadata.append(handle.metadata() or {})
                 for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                     if name in self._where:
                         raise SecateurError(
