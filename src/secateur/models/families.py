@@ -66,6 +66,7 @@ class Family:
         roles: end of a module's name -> q k v qkv o gate up gate_up down fc1 fc2.
         routers: ends of names that choose experts; never pruned.
         qkv: row layout of the fused qkv matrix, if it has one.
+        grouped_query: key-value heads may be fewer than query heads.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Family:
     roles: Mapping[str, str] = field(default_factory=lambda: {**QKVO, **SWIGLU})
     routers: tuple[str, ...] = ()
     qkv: Layout | None = None
+    grouped_query: bool = True
 
     def attention(self, config: Any) -> Attention:
         """Head counts from the model's (text) config."""
@@ -83,8 +85,10 @@ class Family:
                 kv_heads = int(config.num_kv_heads)
             else:
                 kv_heads = 1 if config.multi_query else heads
-        else:
+        elif self.grouped_query:
             kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        else:
+            kv_heads = heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return Attention(heads, kv_heads, int(head_dim))
 
@@ -100,6 +104,7 @@ FAMILIES: tuple[Family, ...] = (
         ("opt",),
         ("model.decoder.layers",),
         {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o", "fc1": "fc1", "fc2": "fc2"},
+        grouped_query=False,
     ),
     Family(
         "gpt2",
@@ -107,6 +112,7 @@ FAMILIES: tuple[Family, ...] = (
         ("transformer.h",),
         {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "fc1", "mlp.c_proj": "fc2"},
         qkv="stacked",
+        grouped_query=False,
     ),
     Family(
         "gpt_neox",
@@ -114,6 +120,7 @@ FAMILIES: tuple[Family, ...] = (
         ("gpt_neox.layers",),
         {"attention.query_key_value": "qkv", "attention.dense": "o", **H_TO_4H},
         qkv="grouped",
+        grouped_query=False,
     ),
     Family(
         "bloom",
@@ -121,6 +128,7 @@ FAMILIES: tuple[Family, ...] = (
         ("transformer.h",),
         {"query_key_value": "qkv", "self_attention.dense": "o", **H_TO_4H},
         qkv="grouped",
+        grouped_query=False,
     ),
     Family(
         "falcon",
