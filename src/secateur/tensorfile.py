@@ -9,10 +9,9 @@ content gives equal bytes. The file appears under its name only when it is compl
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur.errors import SecateurError, UsageError
+from secateur.files import replacing
 
 _CODES = {
     torch.bool: "BOOL",
@@ -106,9 +106,11 @@ class TensorWriter:
         self._start = 8 + len(text)
         self._size = self._start + offset
         self._missing = set(specs)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed in __exit__
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        with ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.path))
+            self._file = stack.enter_context(open(temporary, "wb"))
+            self._file.write(struct.pack("<Q", len(text)) + text)
+            self._stack = stack.pop_all()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put the data of ``name``; its type and shape must be those announced."""
@@ -130,18 +132,14 @@ class TensorWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                if self._missing:
-                    raise ValueError(f"never written: {', '.join(sorted(self._missing))}")
-                self._file.truncate(self._size)
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._temporary, self.path)
-        finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        if kind is None and self._missing:
+            error = ValueError(f"never written: {', '.join(sorted(self._missing))}")
+            self._stack.__exit__(ValueError, error, None)
+            raise error
+        with self._stack:
+            if error is not None:
+                raise error
+            self._file.truncate(self._size)
 
 
 def save_tensors(

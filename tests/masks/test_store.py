@@ -21,6 +21,7 @@ from secateur.masks.store import (
     save_masks,
     unpack,
 )
+from secateur.tensorfile import TensorSpec, TensorWriter
 
 
 def some_mask(*shape: int, seed: int = 0, density: float = 0.5) -> torch.Tensor:
@@ -83,20 +84,20 @@ def test_merged_shards_equal_one_file(tmp_path: Path) -> None:
     words = {"method": "wanda"}
     for i, (name, mask) in enumerate(masks.items()):
         save_masks(tmp_path / f"{i}", {name: mask}, words | {"transposed": [name]})
-    merge_masks(tmp_path / "all", [tmp_path / f"{i}" for i in range(5)])
+    merge_masks([tmp_path / f"{i}" for i in range(5)], tmp_path / "all")
     save_masks(tmp_path / "direct", masks, words | {"transposed": sorted(masks)})
     assert (tmp_path / "all").read_bytes() == (tmp_path / "direct").read_bytes()
 
 
-def test_merge_refuses_overlap_and_disagreement(tmp_path: Path) -> None:
-    save_masks(tmp_path / "1", {"w": some_mask(2, 2)}, {"method": "wanda"})
-    save_masks(tmp_path / "2", {"w": some_mask(2, 2)}, {"method": "wanda"})
-    save_masks(tmp_path / "3", {"v": some_mask(2, 2)}, {"method": "ria"})
+def test_merge_refuses_overlap_and_keeps_common_words(tmp_path: Path) -> None:
+    save_masks(tmp_path / "1", {"w": some_mask(2, 2)}, {"method": "wanda", "block": 0})
+    save_masks(tmp_path / "2", {"w": some_mask(2, 2)}, {"method": "wanda", "block": 1})
+    save_masks(tmp_path / "3", {"v": some_mask(2, 2)}, {"method": "wanda", "block": 1})
     with pytest.raises(SecateurError, match="'w' is both in"):
-        merge_masks(tmp_path / "out", [tmp_path / "1", tmp_path / "2"])
-    with pytest.raises(SecateurError, match="method is 'wanda', but 'ria'"):
-        merge_masks(tmp_path / "out", [tmp_path / "1", tmp_path / "3"])
+        merge_masks([tmp_path / "1", tmp_path / "2"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    merge_masks([tmp_path / "1", tmp_path / "3"], tmp_path / "out", {"target": "0.5"})
+    assert load_masks(tmp_path / "out").metadata == {"method": "wanda", "target": "0.5"}
 
 
 def test_check_accepts_kept_zeros_and_counts() -> None:
@@ -156,6 +157,19 @@ def test_bits_beyond_the_last_column_are_noticed(tmp_path: Path) -> None:
     save_file({"w": torch.tensor([[255]], dtype=torch.uint8)}, tmp_path / "m", metadata=header)
     with pytest.raises(SecateurError, match=r"'w'.*beyond its last column"):
         load_masks(tmp_path / "m")["w"]
+
+
+def test_unwritten_tensors_leave_nothing(tmp_path: Path) -> None:
+    spec = TensorSpec(torch.uint8, (2,))
+    path, zeros = tmp_path / "f", torch.zeros(2, dtype=torch.uint8)
+    with (
+        pytest.raises(ValueError, match="never written: b"),
+        TensorWriter(path, {"a": spec, "b": spec}) as writer,
+    ):
+        writer.write("a", zeros)
+    with pytest.raises(ValueError, match="announced"), TensorWriter(path, {"a": spec}) as writer:
+        writer.write("a", torch.zeros(3, dtype=torch.uint8))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:

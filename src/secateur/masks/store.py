@@ -156,20 +156,18 @@ def popcount(packed: Tensor) -> int:
 
 
 def merge_masks(
-    path: Path | str, shards: Iterable[Path | str], metadata: Mapping[str, Any] | None = None
+    shards: Iterable[Path | str], path: Path | str, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Join shard files into one, a matrix at a time.
 
-    The words of the shards are united (``transposed`` lists are joined); ``metadata`` is
-    added on top.
+    Words that all shards agree on are kept, their ``transposed`` lists are joined, and
+    ``metadata`` is added on top.
 
     Raises:
-        SecateurError: a matrix is in two shards, or two shards disagree about a word.
+        SecateurError: a matrix is in two shards.
     """
     stores = [load_masks(shard) for shard in shards]
     owner: dict[str, MaskStore] = {}
-    words: dict[str, Any] = {}
-    transposed: set[str] = set()
     for store in stores:
         for name in store:
             if name in owner:
@@ -177,17 +175,12 @@ def merge_masks(
                     f"the mask of '{name}' is both in '{owner[name].path}' and in '{store.path}'"
                 )
             owner[name] = store
-        for key, value in store.metadata.items():
-            if key == "transposed":
-                transposed |= set(value)
-            elif words.setdefault(key, value) != value:
-                raise SecateurError(
-                    f"the shards disagree: {key} is {words[key]!r}, but {value!r} in '{store.path}'",
-                    fix="merge only the shards of one run",
-                )
+    first = stores[0].metadata if stores else {}
+    agreed = {k: v for k, v in first.items() if all(s.metadata.get(k) == v for s in stores)}
+    transposed = {name for store in stores for name in store.metadata.get("transposed", ())}
     if transposed:
-        words["transposed"] = sorted(transposed)
-    words |= metadata or {}
+        agreed["transposed"] = sorted(transposed)
+    words = agreed | dict(metadata or {})
     shapes = {name: list(store.shapes[name]) for name, store in owner.items()}
     specs = {
         name: TensorSpec(torch.uint8, packed_shape(store.shapes[name]))
