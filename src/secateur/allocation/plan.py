@@ -110,13 +110,3 @@ def uniform(shapes: Mapping[str, tuple[int, int]], target: Target) -> Plan:
         dict(zip(names, counts, strict=True)),
         {"allocator": "uniform"},
     )
-
-
-def from_threshold(
-    shapes: Mapping[str, tuple[int, int]], target: Target, counts: Mapping[str, int]
-) -> Plan:
-    """A plan from counts an allocator found by ranking all matrices together."""
-    plan = Plan(target, dict(shapes), dict(counts), {"allocator": "global"})
-    if plan.removed != target.count(plan.elements):
-        raise ValueError("a global ranking must remove exactly what was asked")
-    return plan

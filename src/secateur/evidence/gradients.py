@@ -99,7 +99,7 @@ def direct_gradients(
                 output = view.model(input_ids=row, use_cache=False, **extra)
                 loss = sequence_loss(output.logits, row, keep)
                 _finite(loss, n)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             advance(1)
     _count_samples(sums, len(ids))
     return sums
@@ -143,7 +143,7 @@ def gradients_by_block(
                     with _accumulating(parameters, sums), torch.enable_grad():
                         for i, b in enumerate(batch):
                             x = inputs[block.index][i].detach().requires_grad_(True)
-                            replay.run(block, b, x).backward(upstream[i])  # type: ignore[no-untyped-call]
+                            replay.run(block, b, x).backward(upstream[i])
                             assert x.grad is not None
                             upstream[i] = x.grad
                     _count_samples(sums, len(batch))
@@ -158,7 +158,7 @@ def _head_gradient(replay: Replay, batch: int, hidden: Tensor) -> Tensor:
         ids, keep = replay.ids[batch].to(hidden.device), replay.keep[batch]
         loss = sequence_loss(replay.logits(batch, x), ids, keep)
         _finite(loss, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     assert x.grad is not None
     return x.grad
 

@@ -136,9 +136,10 @@ class Replay:
                 self._forward(b)
         return self
 
-    def logits(self, batch: int, hidden: Tensor | None = None) -> Tensor:
+    def logits(self, batch: int, hidden: Tensor | None = None, row: int | None = None) -> Tensor:
         """The model's logits (B, L, V) when its blocks deliver ``hidden`` (default: the current).
 
+        ``row`` picks one window of the batch, whose hidden states ``hidden`` then are.
         Differentiable with respect to ``hidden`` where gradients are enabled.
         """
         final = self.hidden[batch] if hidden is None else hidden
@@ -149,13 +150,20 @@ class Replay:
             return self._like_block(self.view.blocks[i], call, final if last else given)
 
         with self._instead_of_blocks(pass_through):
-            output = self._forward(batch)
+            output = self._forward(batch, row)
         logits: Tensor = output.logits
         return logits
 
-    def _forward(self, batch: int) -> Any:
-        ids = self.ids[batch].to(self.device)
-        keep = self.keep[batch]
+    @torch.no_grad()
+    def logits_of(self, batch: int, row: int) -> Tensor:
+        """The logits (1, L, V) of one window of a batch: the head's memory stays small."""
+        return self.logits(batch, self.hidden[batch][row : row + 1], row)
+
+    def _forward(self, batch: int, row: int | None = None) -> Any:
+        rows = slice(None) if row is None else slice(row, row + 1)
+        ids = self.ids[batch][rows].to(self.device)
+        whole = self.keep[batch]
+        keep = None if whole is None else whole[rows]
         mask = {} if keep is None else {"attention_mask": keep.long()}
         try:
             return self.view.model(input_ids=ids, use_cache=False, **mask)
@@ -170,14 +178,14 @@ class Replay:
         # A hook library may have put its own forward on the instance: it is put back as it was.
         before = [block.module.__dict__.get("forward") for block in self.view.blocks]
         for block in self.view.blocks:
-            block.module.forward = stand_in(block.index)  # type: ignore[method-assign]
+            block.module.forward = stand_in(block.index)
         try:
             yield
         finally:
             for block, own in zip(self.view.blocks, before, strict=True):
                 del block.module.forward
                 if own is not None:
-                    block.module.forward = own  # type: ignore[method-assign]
+                    block.module.forward = own
 
     def _like_block(self, block: Block, call: _Call, hidden: Tensor) -> Any:
         """``hidden`` in the form this kind of block returns (a tensor, or a tuple before v5)."""
@@ -188,7 +196,7 @@ class Replay:
                 with self.resident(block):
                     output = call(block.module, hidden)
             finally:
-                block.module.forward = stand_in  # type: ignore[method-assign]
+                block.module.forward = stand_in
             self._returns_tuple[kind] = len(output) if isinstance(output, tuple) else 0
         length = self._returns_tuple[kind]
         return (hidden, *[None] * (length - 1)) if length else hidden

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,20 @@ class EvidenceStore:
         }
         return {name: items[leader] for name, leader in same.items()}
 
+    def clear(self) -> None:
+        """Forget what an interrupted gathering left: half-added sums cannot be told apart."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def add_gradients(self, block: int, sums: dict[str, GradientMoments]) -> None:
-        """Merge a block's gradient sums into what is already there."""
+        """Merge a block's gradient sums into those saved for other sequences."""
         if self.path(block).exists():
             before = self.load_gradients(block)
             for key, item in sums.items():
-                if key in before:
-                    item.merge(before[key])
+                item.merge(before[key])
+        self.save_gradients(block, sums)
+
+    def save_gradients(self, block: int, sums: dict[str, GradientMoments]) -> None:
+        """Save a block's gradient sums by parameter key."""
         tensors = {f"{k}|{n}": t.cpu() for k, m in sums.items() for n, t in m.sums.items()}
         same = {k: json.dumps([m.samples, list(m.norms)]) for k, m in sums.items()}
         self._write(block, tensors, same)
