@@ -91,7 +91,8 @@ def train(folder: Path | None, out: Path, settings: Settings, device: str, compi
     stream = torch.cat([ids for n, ids in train_ids.items() for _ in range(REPEATS[n])])
     print(f"{len(stream):,} tokens a pass, {device}, ready in {time.monotonic() - started:.0f} s")
 
-    model = LlamaForCausalLM(_configuration(settings.length)).to(device)
+    model = LlamaForCausalLM(_configuration(settings.length))
+    model.to(torch.device(device))  # type: ignore[arg-type]
     best, history, seen = fit(model, stream, held_ids, settings, compiled)
     model.load_state_dict(best)
     model.to(torch.bfloat16)  # what is saved is what is measured, in float32 arithmetic
@@ -191,8 +192,8 @@ def fit(
     while True:
         spent = (time.monotonic() - started) / 60 / settings.minutes
         done = min(1.0, max(seen / settings.tokens, spent))
-        if done >= next_report:
-            next_report = done + 1 / settings.evaluations if done < 1 else math.inf
+        if done >= min(1.0, next_report):
+            next_report = done + 1 / settings.evaluations
             looked = time.monotonic()
             mean = sum(_loss(model, i, settings.length) for i in glance.values()) / len(glance)
             speed = seen / max(1e-9, looked - started)
