@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.errors import NumericsError, UsageError
 from secateur.masks.target import Cut, Target, spread
 
-_PAIRWISE_LIMIT = 8  # M of N:M above which selecting per group beats M (M - 1) / 2 comparisons
+PAIRWISE_LIMIT = 8  # M of N:M above which selecting per group beats M (M - 1) / 2 comparisons
 
 
 def select(score: Tensor, cut: Cut, name: str = "weight") -> Tensor:
@@ -127,26 +127,37 @@ def _break_ties(score: Tensor, threshold: Tensor, count: int) -> Tensor:
 
 
 def smallest_of_groups(score: Tensor, prune: int, group: int) -> Tensor:
-    """In each run of ``group`` consecutive columns mark exactly the ``prune`` smallest.
+    """In each run of ``group`` consecutive columns mark exactly the ``prune`` smallest."""
+    score = _comparable(score)
+    members = score.reshape(-1, group)
+    if group > PAIRWISE_LIMIT:
+        return _smallest(members, prune).view(score.shape)
+    mask = torch.empty(members.shape, dtype=torch.bool, device=score.device)
+    smallest_members(members.T, prune, out=mask.T)
+    return mask.view(score.shape)
+
+
+def smallest_members(members: Tensor, prune: int, out: Tensor) -> Tensor:
+    """Mark the ``prune`` smallest of each column of ``members`` (M, n), M small, into ``out``.
 
     A member's rank is the number of members before it in (score, index) order; counting them
     takes M (M - 1) / 2 vectorised comparisons and no sort.
     """
-    score = _comparable(score)
-    members = score.reshape(-1, group)
-    if group > _PAIRWISE_LIMIT:
-        return _smallest(members, prune).view(score.shape)
-    mask = torch.empty(members.shape, dtype=torch.bool, device=score.device)
-    ranks = torch.zeros(group, members.shape[0], dtype=torch.int8, device=score.device)
+    group = members.shape[0]
+    ranks: list[Tensor | int] = [0] * group
     for later in range(group):
         for earlier in range(later):
-            first = (members[:, earlier] <= members[:, later]).view(torch.int8)
-            ranks[later] += first
-            ranks[earlier] -= first
-    for index in range(group):
-        # rank + (members after it): each comparison lost above was counted as 0 instead of +1
-        torch.lt(ranks[index], prune - (group - 1 - index), out=mask[:, index])
-    return mask.view(score.shape)
+            first = (members[earlier] <= members[later]).view(torch.int8)
+            ranks[later] = first + ranks[later]
+            ranks[earlier] = ranks[earlier] - first
+    for index, rank in enumerate(ranks):
+        # a member adds 1 - first for each one after it; the 1s are moved to the right-hand side
+        limit = prune - (group - 1 - index)
+        if isinstance(rank, Tensor):
+            torch.lt(rank, limit, out=out[index])
+        else:
+            out[index] = rank < limit
+    return out
 
 
 def _comparable(score: Tensor) -> Tensor:
