@@ -22,6 +22,7 @@ from secateur.errors import NumericsError
 from secateur.evidence.replay import Replay
 from secateur.evidence.statistics import GradientMoments
 from secateur.models.anatomy import Block, Matrix, ModelView
+from secateur.models.state import evaluating
 from secateur.progress import SILENT, Progress
 
 Norms = tuple[str, ...]
@@ -88,6 +89,7 @@ def direct_gradients(
     parameters = _parameters(view.blocks)
     sums = {key: GradientMoments(norms) for key in parameters}
     with (
+        evaluating(view.model),
         _accumulating(parameters, sums),
         progress.stage("gradients", total=len(ids), unit="sequences") as advance,
     ):
@@ -120,7 +122,10 @@ def gradients_by_block(
     every block for ``chunk`` sequences, plus one block's weights and accumulators.
     """
     view, total = replay.view, len(replay.hidden)
-    with progress.stage("gradients", total=total * len(view.blocks), unit="blocks") as advance:
+    with (
+        evaluating(view.model),
+        progress.stage("gradients", total=total * len(view.blocks), unit="blocks") as advance,
+    ):
         for first in range(0, total, chunk):
             batch = range(first, min(first + chunk, total))
             inputs: list[list[Tensor]] = [[replay.hidden[b] for b in batch]]

@@ -47,6 +47,14 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     streamed: StreamedModel | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        if self.streamed is not None:
+            return self.streamed.device
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
 
 def load(
     spec: str,

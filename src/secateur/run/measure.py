@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.evaluation.perplexity import fidelity
 from secateur.evaluation.size import memory_bytes, predicted_bytes, weight_bytes
+from secateur.models.anatomy import ModelView
 from secateur.models.loading import load
+from secateur.models.streaming import StreamedModel
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
 
@@ -32,10 +35,20 @@ def measure_quality(
 
     def finish() -> dict[str, Any]:
         with session.timed("evaluation"):
-            pruned = session.states(windows).compute(session.progress, "pruned model, evaluating")
+            after = session if session.resident is None else _reopened(session, folder)
+            pruned = after.states(windows).compute(session.progress, "pruned model, evaluating")
             return fidelity(dense.logits, pruned.logits, windows, session.progress)
 
     return finish
+
+
+def _reopened(session: Session, folder: RunFolder | None) -> Session:
+    """A streamed model's session over the weights that now lie in the run's folder."""
+    assert folder is not None
+    dtype = next(session.loaded.model.parameters()).dtype
+    streamed = StreamedModel.open(folder.path, None, dtype, session.device)
+    view = ModelView.of(streamed.model, session.recipe.blocks)
+    return replace(session, view=view, resident=streamed.resident)
 
 
 def measure_size(

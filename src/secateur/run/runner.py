@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.allocation.plan import Plan
+from secateur.errors import UsageError
 from secateur.evidence.store import EvidenceStore
 from secateur.methods import Need
 from secateur.models.loading import Loaded
@@ -81,6 +82,8 @@ def execute(
     """
     if out is not None:
         writable(out)
+    elif recipe.stream:
+        raise UsageError("a streamed model is written as it is pruned", field="out", fix="--out DIR")
     session = prepare(recipe, loaded, calibration, progress)
     with ExitStack() as stack:
         folder = None

@@ -121,9 +121,7 @@ def prepare(
         method=method,
         scope=scope,
         update=update,
-        device=next(iter(loaded.model.buffers()), next(loaded.model.parameters())).device
-        if loaded.streamed is None
-        else loaded.streamed.device,
+        device=loaded.device,
         progress=progress,
         resident=None if streamed is None else streamed.resident,
     )
