@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -48,7 +49,9 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="folder to write")]
 
 
 def progress(as_json: bool) -> Progress:
-    """Bars on standard error, unless a machine is reading."""
+    """Bars on standard error, unless a machine is reading or another rank draws them."""
+    if os.environ.get("RANK", "0") != "0":
+        return SILENT
     return SILENT if as_json and not sys.stderr.isatty() else RichProgress()
 
 

@@ -106,6 +106,8 @@ def command(
 
 def show(report: dict[str, Any], as_json: bool) -> None:
     """The outcome of a run, for a person or a machine."""
+    if not report:  # a rank that only helped
+        return
     if as_json:
         common.emit({k: v for k, v in report.items() if k not in ("modules", "blocks")})
         return

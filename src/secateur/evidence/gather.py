@@ -21,7 +21,6 @@ class BlockInputs:
 
     def __init__(self) -> None:
         self.moments: dict[str, InputMoments] = {}
-        self.cross: dict[str, Tensor] = {}
         self._leader: dict[str, str] = {}
 
     @property
@@ -31,6 +30,15 @@ class BlockInputs:
         for name, leader in self._leader.items():
             groups.setdefault(leader, []).append(name)
         return list(groups.values())
+
+    def leader(self, name: str) -> str:
+        """The matrix whose statistic ``name`` shares."""
+        return self._leader[name]
+
+    def adopt(self, leaders: dict[str, str], moments: dict[str, InputMoments]) -> None:
+        """Take the statistics all ranks have summed: leader of each name, moments of each leader."""
+        self._leader = leaders
+        self.moments = {name: moments[leader] for name, leader in leaders.items()}
 
     def lead(self, name: str, x: Tensor, seen: dict[int, str]) -> bool:
         """True when ``name`` is the one to count ``x`` for its group."""

@@ -44,12 +44,12 @@ class Checkpoint:
             if record is None:
                 break
             records.append(record)
-        if replay is not None and records:
+        if replay is not None and len(records) < len(self.engine.view.blocks):
             boundary = folder.load_boundary(replay.device)
-            reached = 0 if boundary is None else boundary[0]
-            records = records[:reached]
-            if boundary is not None and len(records) == reached:
+            reached = self.engine.ranks.agreed(0 if boundary is None else boundary[0])
+            if boundary is not None and 0 < reached <= len(records):
                 replay.hidden = boundary[1]
+                records = records[:reached]
             else:
                 records = []
         results = []
@@ -71,6 +71,15 @@ class Checkpoint:
         folder, replay = self.folder, self.engine.replay
         if folder is None:
             return
+        if self.engine.ranks.leads:
+            self._write(block, result, folder)
+        last = block.index + 1 == len(self.engine.view.blocks)
+        due = last or time.monotonic() - self._last > BOUNDARY_SECONDS
+        if replay is not None and self.engine.ranks.spread(0, due):
+            folder.save_boundary(block.index + 1, replay.hidden)
+            self._last = time.monotonic()
+
+    def _write(self, block: Block, result: BlockResult, folder: RunFolder) -> None:
         state = block_state(self.engine.view, block)
         write_shard(folder.shard(block.index), state)
         own = _own_state(block)
@@ -86,10 +95,6 @@ class Checkpoint:
         }
         folder.save(f"blocks/{block.index:05d}.json", record)
         folder.event("block", index=block.index, error=result.error, seconds=result.seconds)
-        last = block.index + 1 == len(self.engine.view.blocks)
-        if replay is not None and (last or time.monotonic() - self._last > BOUNDARY_SECONDS):
-            folder.save_boundary(block.index + 1, replay.hidden)
-            self._last = time.monotonic()
 
     def _aside(self, block: Block) -> Any:
         assert self.folder is not None

@@ -22,6 +22,7 @@ from secateur.methods.base import Method, Need, Update
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.prune_matrix import Pruned, prune_matrix
 from secateur.models.anatomy import Block, Matrix, ModelView
+from secateur.run.ranks import Ranks
 from secateur.run.records import module_record
 
 Gradients = Callable[[int], dict[str, GradientMoments]]
@@ -54,6 +55,7 @@ class Engine:
         propagate: whether later blocks see the pruned or the dense model's activations.
         true_sequential: re-run the block after each group of matrices with a common input.
         store: where dense evidence is kept for other runs (only with ``propagate="dense"``).
+        ranks: the processes that share this run.
     """
 
     view: ModelView
@@ -66,6 +68,7 @@ class Engine:
     propagate: str = "pruned"
     true_sequential: bool = False
     store: EvidenceStore | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def needs_gram(self) -> bool:
@@ -95,7 +98,7 @@ class Engine:
         if self.true_sequential:
             dense = self._prune_in_order(block, result, clock)
         else:
-            inputs, dense = gather_inputs(self.replay, block, gram=self.needs_gram)
+            inputs, dense = self._gather(block)
             if self.store is not None:
                 self.store.save_inputs(block.index, inputs.moments)
             clock("calibrate")
@@ -105,23 +108,21 @@ class Engine:
             self.replay.hidden = dense
         else:
             self.replay.hidden = self.replay.advance(block)
-            result.error = _relative_error(self.replay.hidden, dense)
+            result.error = self._relative_error(self.replay.hidden, dense)
         clock("propagate")
         return result
 
     def _prune_in_order(self, block: Block, result: BlockResult, clock: _Clock) -> list[Tensor]:
         """Group after group, each seeing the groups before it already pruned."""
         assert self.replay is not None
-        first, dense = gather_inputs(self.replay, block, gram=self.needs_gram)
+        first, dense = self._gather(block)
         clock("calibrate")
         by_name = {m.name: m for m in block.matrices}
         for n, names in enumerate(first.order):
             group = [by_name[name] for name in names]
             inputs = first
             if n:
-                inputs, _ = gather_inputs(
-                    self.replay, block, gram=self.needs_gram, matrices=group, keep_outputs=False
-                )
+                inputs, _ = self._gather(block, group)
                 clock("calibrate")
             self._prune(block, group, inputs, result)
             clock("solve")
@@ -133,30 +134,72 @@ class Engine:
         self, block: Block, matrices: list[Matrix], inputs: BlockInputs, result: BlockResult
     ) -> None:
         sums = self.gradients(block.index) if self.gradients is not None else None
+        owner = self.ranks.owner(matrices)
+        mine: dict[str, tuple[Pruned, dict[str, Any]]] = {}
         for matrix in matrices:
-            start = time.perf_counter()
-            moments = inputs.moments.get(matrix.name)
-            evidence = Evidence(
-                matrix.name,
-                moments,
-                None if sums is None else of_matrix(sums, matrix),
-                self.replay.sequences if self.replay else 0,
-            )
-            pruned, notes = self._decide(matrix, evidence)
-            asked = self.plan.cut(matrix.name, self.scope)
-            delivered = int(pruned.mask.sum())
-            if delivered != asked.count:
-                raise VerificationError(
-                    f"'{matrix.name}' should lose {asked.count} weights, not {delivered}",
-                    fix="the method does not honour the exact count: report it to its author",
+            if owner[matrix.name] == self.ranks.rank:
+                evidence = Evidence(
+                    matrix.name,
+                    inputs.moments.get(matrix.name),
+                    None if sums is None else of_matrix(sums, matrix),
+                    self.replay.sequences * self.ranks.world if self.replay else 0,
                 )
-            matrix.write(pruned.weight)
-            result.masks[matrix.name] = pruned.mask.cpu()
-            record = module_record(matrix, block.index, asked, self.scope, self.update, pruned)
-            record["tokens"] = None if moments is None else moments.tokens
-            record["notes"] = notes
-            record["seconds"] = round(time.perf_counter() - start, 4)
-            result.modules.append(record)
+                mine[matrix.name] = self._solve(block, matrix, evidence)
+        for matrix in matrices:
+            source = owner[matrix.name]
+            pruned, record = mine.get(matrix.name, (None, None))
+            result.modules.append(self.ranks.spread(source, record))
+            mask = torch.empty(matrix.shape, dtype=torch.uint8)
+            weight = torch.empty(matrix.shape)
+            if pruned is not None:
+                mask, weight = pruned.mask.cpu().to(torch.uint8), pruned.weight
+            mask = self.ranks.spread_tensor(source, mask)
+            matrix.write(self.ranks.spread_tensor(source, weight))
+            result.masks[matrix.name] = mask.bool()
+
+    def _solve(
+        self, block: Block, matrix: Matrix, evidence: Evidence
+    ) -> tuple[Pruned, dict[str, Any]]:
+        """Prune one matrix and describe what was done; the model is not touched."""
+        start = time.perf_counter()
+        pruned, notes = self._decide(matrix, evidence)
+        asked = self.plan.cut(matrix.name, self.scope)
+        delivered = int(pruned.mask.sum())
+        if delivered != asked.count:
+            raise VerificationError(
+                f"'{matrix.name}' should lose {asked.count} weights, not {delivered}",
+                fix="the method does not honour the exact count: report it to its author",
+            )
+        record = module_record(matrix, block.index, asked, self.scope, self.update, pruned)
+        record["tokens"] = None if evidence.inputs is None else evidence.inputs.tokens
+        record["notes"] = notes
+        record["seconds"] = round(time.perf_counter() - start, 4)
+        return pruned, record
+
+    def _gather(
+        self, block: Block, group: list[Matrix] | None = None
+    ) -> tuple[BlockInputs, list[Tensor]]:
+        """Input moments over all ranks; with ``group`` only its own, and no outputs."""
+        assert self.replay is not None
+        inputs, outputs = gather_inputs(
+            self.replay,
+            block,
+            gram=self.needs_gram,
+            matrices=group,
+            keep_outputs=group is None,
+        )
+        self.ranks.sum_inputs(inputs)
+        return inputs, outputs
+
+    def _relative_error(self, pruned: list[Tensor], dense: list[Tensor]) -> float | None:
+        """||pruned - dense|| / ||dense|| over all ranks' batches."""
+        gap = sum(
+            float((p.float() - d.float()).square().sum())
+            for p, d in zip(pruned, dense, strict=True)
+        )
+        norm = sum(float(d.float().square().sum()) for d in dense)
+        gap, norm = self.ranks.sum_scalars(gap, norm)
+        return (gap / norm) ** 0.5 if norm else None
 
     def _decide(self, matrix: Matrix, evidence: Evidence) -> tuple[Pruned, list[str]]:
         weight = matrix.tensor().to(torch.float32)
@@ -196,13 +239,3 @@ class _Clock:
         now = time.perf_counter()
         self.accounts[account] = self.accounts.get(account, 0.0) + now - self.last
         self.last = now
-
-
-def _relative_error(pruned: list[Tensor], dense: list[Tensor]) -> float | None:
-    if not dense:
-        return None
-    gap = sum(
-        float((p.float() - d.float()).square().sum()) for p, d in zip(pruned, dense, strict=True)
-    )
-    norm = sum(float(d.float().square().sum()) for d in dense)
-    return (gap / norm) ** 0.5 if norm else 0.0

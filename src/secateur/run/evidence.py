@@ -31,6 +31,10 @@ def gather_gradients(session: Session, root: Path | None) -> Gradients | None:
             raise UsageError("gradients of a streamed model need --out", field="stream", value=True)
         replay = session.replay(windows, batch_size=1)
         store.clear()
+        if session.ranks.world > 1:
+            raise UsageError(
+                "gradients of a streamed model are gathered by one process", field="stream"
+            )
         gradients_by_block(
             replay,
             norms,
@@ -41,14 +45,15 @@ def gather_gradients(session: Session, root: Path | None) -> Gradients | None:
         return store.load_gradients
     sums = direct_gradients(
         session.view,
-        windows.ids,
-        windows.mask,
+        session.ranks.share(windows.ids),
+        None if windows.mask is None else session.ranks.share(windows.mask),
         norms,
         device=session.device,
         progress=session.progress,
     )
+    session.ranks.sum_gradients(sums)
     keys = [{m.key for m in block.matrices} for block in session.view.blocks]
-    if store is None:
+    if store is None or session.ranks.world > 1:
         return lambda block: {k: sums[k] for k in keys[block]}
     for block in session.view.blocks:
         store.save_gradients(block.index, {k: sums[k] for k in keys[block.index]})

@@ -41,14 +41,31 @@ class RunFolder:
         identity: everything the pruned weights depend on. A folder that holds another
             identity is refused, naming what differs.
         fresh: throw away what an earlier run left.
+        rank: this process among those that share the run; only rank 0 locks and writes
+            (each rank keeps its own boundary).
 
     Raises:
         UsageError: the folder is in use, holds another run, or holds foreign files.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        *,
+        fresh: bool = False,
+        rank: int = 0,
+    ) -> None:
         self.path = path
+        self.rank = rank
         self.inner = path / "secateur"
+        self._started = time.monotonic()
+        self._lock: IO[str] | None = None
+        if rank == 0:
+            self._take(identity, fresh)
+
+    def _take(self, identity: dict[str, Any], fresh: bool) -> None:
+        path = self.path
         if path.exists() and not path.is_dir():
             raise UsageError("is a file, not a folder", field="out", value=str(path))
         if path.is_dir() and any(path.iterdir()) and not (self.inner / "run.json").exists():
@@ -63,7 +80,7 @@ class RunFolder:
                 )
         with told_plainly(path):
             self.inner.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = open(self.inner / "lock", "a")  # noqa: SIM115
+            self._lock = open(self.inner / "lock", "a")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -81,11 +98,11 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
-        self._started = time.monotonic()
 
     def close(self) -> None:
         """Release the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -128,13 +145,16 @@ class RunFolder:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to the log."""
+        if self.rank != 0:
+            return
         line = {"t": round(time.monotonic() - self._started, 3), "event": kind, **facts}
         with told_plainly(self.inner / "events.jsonl"), open(self.inner / "events.jsonl", "a") as f:
             f.write(json.dumps(line, default=str) + "\n")
 
     def save(self, name: str, record: Any) -> None:
         """Write a JSON record under ``secateur/``."""
-        write_json(self.inner / name, record)
+        if self.rank == 0:
+            write_json(self.inner / name, record)
 
     def read(self, name: str) -> Any:
         """A JSON record from under ``secateur/``, or None."""
@@ -148,7 +168,8 @@ class RunFolder:
 
     def save_recipe(self, recipe: Recipe) -> None:
         """The resolved recipe, for people."""
-        write_text(self.inner / "recipe.yaml", recipe.yaml())
+        if self.rank == 0:
+            write_text(self.inner / "recipe.yaml", recipe.yaml())
 
     # -- blocks --------------------------------------------------------------------------------
 
@@ -168,16 +189,20 @@ class RunFolder:
 
     # -- the boundary: what the next block is fed with -----------------------------------------
 
+    @property
+    def _boundary(self) -> Path:
+        return self.inner / "state" / f"boundary-{self.rank}.safetensors"
+
     def save_boundary(self, block: int, hidden: list[Tensor]) -> None:
         """Remember the inputs of ``block``; only the last boundary is kept."""
-        path = self.inner / "state" / "boundary.safetensors"
+        path = self._boundary
         tensors = {f"{b:06d}": h.contiguous().cpu() for b, h in enumerate(hidden)}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"block": str(block)})
 
     def load_boundary(self, device: torch.device) -> tuple[int, list[Tensor]] | None:
         """The last boundary (block, inputs), or None."""
-        path = self.inner / "state" / "boundary.safetensors"
+        path = self._boundary
         if not path.exists():
             return None
         from safetensors import safe_open

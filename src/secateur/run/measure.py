@@ -23,7 +23,7 @@ def measure_quality(
 ) -> Callable[[], dict[str, Any] | None]:
     """Measure the dense model now; the returned function measures the pruned one and compares."""
     windows = session.evaluation
-    if windows is None:
+    if windows is None or not session.ranks.leads:
         return lambda: None
     with session.timed("evaluation"):
         dense = session.states(windows)

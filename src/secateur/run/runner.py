@@ -83,21 +83,31 @@ def execute(
     if out is not None:
         writable(out)
     elif recipe.stream:
-        raise UsageError("a streamed model is written as it is pruned", field="out", fix="--out DIR")
+        raise UsageError(
+            "a streamed model is written as it is pruned", field="out", fix="--out DIR"
+        )
     session = prepare(recipe, loaded, calibration, progress)
     with ExitStack() as stack:
         folder = None
         if out is not None:
-            folder = stack.enter_context(RunFolder(out, identity(session), fresh=fresh))
+            rank = session.ranks.rank
+            if rank == 0:
+                folder = stack.enter_context(RunFolder(out, identity(session), fresh=fresh))
+            session.ranks.barrier()
+            folder = folder or RunFolder(out, {}, rank=rank)
             folder.save_recipe(recipe)
             folder.event("started", model=session.loaded.name, target=str(recipe.target))
         stack.enter_context(evaluating(session.loaded.model))
         plan = make_plan(session)
         if folder is not None:
             folder.save("plan.json", plan.record())
-        quality = measure_quality(session, folder)  # its first half: the dense model
+        # The dense model is measured now; what is returned measures the pruned one later.
+        quality = measure_quality(session, folder)
         results = prune_blocks(session, plan, folder, evidence)
         masks = {name: mask for result in results for name, mask in result.masks.items()}
+        if not session.ranks.leads:
+            session.ranks.barrier()
+            return Result(session.loaded.model, session.loaded.tokenizer, masks, {}, out)
         zeros = verify_zeros(session, plan, masks, folder)
         if folder is not None:
             with session.timed("saving"):
@@ -119,6 +129,7 @@ def execute(
             publish(report, folder)
             folder.event("finished", delivered=report["totals"]["delivered"])
             folder.drop_state()
+        session.ranks.barrier()
     model = None if session.loaded.streamed is not None else session.loaded.model
     return Result(model, session.loaded.tokenizer, masks, report, out)
 
@@ -145,6 +156,7 @@ def prune_blocks(
         propagate=session.recipe.propagate,
         true_sequential=session.recipe.granularity == "true_sequential",
         store=dense_store(session, evidence),
+        ranks=session.ranks,
     )
     checkpoint = Checkpoint(engine, folder, resident=session.resident is None)
     results = checkpoint.restore()

@@ -21,6 +21,7 @@ from secateur.models.loading import Loaded, load
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Recipe
 from secateur.run.quality import FinalStates
+from secateur.run.ranks import Ranks
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Session:
     evaluation: Windows | None = None
     timing: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -63,13 +65,13 @@ class Session:
         self.timing[account] = self.timing.get(account, 0.0) + time.perf_counter() - start
 
     def replay(self, windows: Windows, batch_size: int | None = None) -> Replay:
-        """A started replay of ``windows``."""
+        """A started replay of this rank's share of ``windows``."""
         tokens = self.recipe.calibration.batch_tokens
         size = batch_size or max(1, tokens // windows.ids.shape[1])
         return Replay(
             self.view,
-            windows.ids,
-            windows.mask,
+            self.ranks.share(windows.ids),
+            None if windows.mask is None else self.ranks.share(windows.mask),
             batch_size=size,
             device=self.device,
             resident=self.resident,
@@ -124,6 +126,7 @@ def prepare(
         device=loaded.device,
         progress=progress,
         resident=None if streamed is None else streamed.resident,
+        ranks=Ranks.from_environment(),
     )
     spec = recipe.calibration
     if session.needs:
@@ -155,5 +158,6 @@ def identity(session: Session) -> dict[str, Any]:
         "calibration": None if session.calibration is None else session.calibration.fingerprint,
         "threads": torch.get_num_threads() if session.device.type == "cpu" else None,
         "device": session.device.type,
+        "ranks": session.ranks.world,
         **{f"recipe.{k}": v for k, v in recipe.items()},
     }
