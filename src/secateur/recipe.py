@@ -75,6 +75,10 @@ class Recipe(_Part):
     granularity: Literal["block", "true_sequential"] = Field(
         "block", description="true_sequential: re-run the block after each group of matrices"
     )
+    reconstruct: Literal["block", "dense"] = Field(
+        "block",
+        description="what survivors are fitted to: the block's own outputs, or the dense model's",
+    )
     evaluation: Evaluation | None = Evaluation()
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     dtype: str = Field("auto", description="auto: float32 on CPU, the checkpoint's own on a GPU")
@@ -120,6 +124,13 @@ class Recipe(_Part):
                 "true_sequential re-runs the pruned block, so it cannot propagate the dense one",
                 field="granularity",
                 value=self.granularity,
+                fix="use propagate: pruned",
+            )
+        if self.reconstruct == "dense" and self.propagate == "dense":
+            raise UsageError(
+                "with dense propagation the block's outputs are the dense model's already",
+                field="reconstruct",
+                value="dense",
                 fix="use propagate: pruned",
             )
         return self

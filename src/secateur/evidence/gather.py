@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class BlockInputs:
 
     def __init__(self) -> None:
         self.moments: dict[str, InputMoments] = {}
+        self.dense_outputs: list[Tensor] = []
         self._leader: dict[str, str] = {}
 
     @property
@@ -56,8 +58,13 @@ def gather_inputs(
     gram: bool,
     matrices: Sequence[Matrix] | None = None,
     keep_outputs: bool = True,
+    dense: Sequence[Tensor] | None = None,
+    dense_block: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[BlockInputs, list[Tensor]]:
     """One pass of ``block`` over all batches, gathering its matrices' input moments.
+
+    With ``dense`` (the dense model's hidden states per batch) the cross moments between its
+    inputs and the replay's are gathered too, at the price of a second forward.
 
     With ``matrices`` only those are watched and each forward ends as soon as all were seen
     (true-sequential pruning needs no more); then no outputs are returned.
@@ -72,6 +79,11 @@ def gather_inputs(
         seen: dict[int, str] = {}
         alive: list[Tensor] = []  # an id is only unique while its tensor lives
         left = {m.name for m in watched}
+        dense_inputs: dict[str, Tensor] = {}
+        if dense is not None:
+            with dense_block():
+                dense_inputs, output = _inputs_of(replay, block, batch, watched, dense[batch])
+                found.dense_outputs.append(output)
 
         def count(
             matrix: Matrix,
@@ -80,6 +92,7 @@ def gather_inputs(
             seen: dict[int, str] = seen,
             alive: list[Tensor] = alive,
             left: set[str] = left,
+            dense_inputs: dict[str, Tensor] = dense_inputs,
         ) -> None:
             alive.append(x)
             if found.lead(matrix.name, x, seen):
@@ -87,7 +100,10 @@ def gather_inputs(
                     found.moments[matrix.name] = InputMoments(
                         x.shape[-1], gram=gram, device=x.device
                     )
-                found.moments[matrix.name].update(x, _real(replay.keep[batch], capture))
+                real = _real(replay.keep[batch], capture)
+                found.moments[matrix.name].update(x, real)
+                if matrix.name in dense_inputs:
+                    found.moments[matrix.name].update_cross(dense_inputs[matrix.name], x, real)
             left.discard(matrix.name)
             if matrices is not None and not left:
                 raise _Stop
@@ -103,6 +119,24 @@ def gather_inputs(
         found.moments[name] = found.moments[leader]
         found.moments[name].check(name)
     return found, outputs
+
+
+def _inputs_of(
+    replay: Replay, block: Block, batch: int, watched: Sequence[Matrix], hidden: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What each matrix sees when the block is fed with ``hidden``, and the block's output.
+
+    Experts are left out: the two streams may route a token differently.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(matrix: Matrix, x: Tensor) -> None:
+        if matrix.index is None:
+            seen[matrix.name] = x
+
+    with capture_inputs(watched, keep):
+        output = replay.run(block, batch, hidden)
+    return seen, output
 
 
 def _real(keep: Tensor | None, capture: Capture) -> Tensor | None:

@@ -48,7 +48,7 @@ class Checkpoint:
             boundary = folder.load_boundary(replay.device)
             reached = self.engine.ranks.agreed(0 if boundary is None else boundary[0])
             if boundary is not None and 0 < reached <= len(records):
-                replay.hidden = boundary[1]
+                self._take(boundary[1])
                 records = records[:reached]
             else:
                 records = []
@@ -76,8 +76,17 @@ class Checkpoint:
         last = block.index + 1 == len(self.engine.view.blocks)
         due = last or time.monotonic() - self._last > BOUNDARY_SECONDS
         if replay is not None and self.engine.ranks.spread(0, due):
-            folder.save_boundary(block.index + 1, replay.hidden)
+            folder.save_boundary(block.index + 1, [*replay.hidden, *(self.engine.reference or [])])
             self._last = time.monotonic()
+
+    def _take(self, hidden: list[Tensor]) -> None:
+        """Put a boundary's states back: the pruned stream's, then the dense one's if kept."""
+        replay = self.engine.replay
+        assert replay is not None
+        batches = len(replay.ids)
+        replay.hidden = hidden[:batches]
+        if self.engine.reference is not None:
+            self.engine.reference = hidden[batches:]
 
     def _write(self, block: Block, result: BlockResult, folder: RunFolder) -> None:
         state = block_state(self.engine.view, block)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from secateur.methods.prune_matrix import Pruned, prune_matrix
 from secateur.models.anatomy import Block, Matrix, ModelView
 from secateur.run.ranks import Ranks
 from secateur.run.records import module_record
+from secateur.solvers.retarget import retarget
 
 Gradients = Callable[[int], dict[str, GradientMoments]]
 
@@ -56,6 +58,8 @@ class Engine:
         true_sequential: re-run the block after each group of matrices with a common input.
         store: where dense evidence is kept for other runs (only with ``propagate="dense"``).
         ranks: the processes that share this run.
+        reference: the dense model's hidden states per batch, moved along beside the replay's;
+            then matrices are fitted to the dense model's outputs (see ``solvers.retarget``).
     """
 
     view: ModelView
@@ -69,6 +73,7 @@ class Engine:
     true_sequential: bool = False
     store: EvidenceStore | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    reference: list[Tensor] | None = None
 
     @property
     def needs_gram(self) -> bool:
@@ -96,7 +101,7 @@ class Engine:
             clock("solve")
             return result
         if self.true_sequential:
-            dense = self._prune_in_order(block, result, clock)
+            inputs, dense = self._prune_in_order(block, result, clock)
         else:
             inputs, dense = self._gather(block)
             if self.store is not None:
@@ -104,6 +109,8 @@ class Engine:
             clock("calibrate")
             self._prune(block, block.matrices, inputs, result)
             clock("solve")
+        if self.reference is not None:
+            self.reference = inputs.dense_outputs
         if self.propagate == "dense":
             self.replay.hidden = dense
         else:
@@ -112,9 +119,11 @@ class Engine:
         clock("propagate")
         return result
 
-    def _prune_in_order(self, block: Block, result: BlockResult, clock: _Clock) -> list[Tensor]:
+    def _prune_in_order(
+        self, block: Block, result: BlockResult, clock: _Clock
+    ) -> tuple[BlockInputs, list[Tensor]]:
         """Group after group, each seeing the groups before it already pruned."""
-        assert self.replay is not None
+        originals = [m.tensor().clone() for m in block.matrices]
         first, dense = self._gather(block)
         clock("calibrate")
         by_name = {m.name: m for m in block.matrices}
@@ -122,13 +131,13 @@ class Engine:
             group = [by_name[name] for name in names]
             inputs = first
             if n:
-                inputs, _ = self._gather(block, group)
+                inputs, _ = self._gather(block, group, originals)
                 clock("calibrate")
             self._prune(block, group, inputs, result)
             clock("solve")
         seen = {name for names in first.order for name in names}
         self._prune(block, [m for m in block.matrices if m.name not in seen], first, result)
-        return dense
+        return first, dense
 
     def _prune(
         self, block: Block, matrices: list[Matrix], inputs: BlockInputs, result: BlockResult
@@ -177,7 +186,10 @@ class Engine:
         return pruned, record
 
     def _gather(
-        self, block: Block, group: list[Matrix] | None = None
+        self,
+        block: Block,
+        group: list[Matrix] | None = None,
+        originals: list[Tensor] | None = None,
     ) -> tuple[BlockInputs, list[Tensor]]:
         """Input moments over all ranks; with ``group`` only its own, and no outputs."""
         assert self.replay is not None
@@ -187,6 +199,8 @@ class Engine:
             gram=self.needs_gram,
             matrices=group,
             keep_outputs=group is None,
+            dense=self.reference,
+            dense_block=lambda: _swapped(block.matrices, originals),
         )
         self.ranks.sum_inputs(inputs)
         return inputs, outputs
@@ -225,7 +239,24 @@ class Engine:
                     f"only {moments.tokens} tokens for {weight.shape[1]} inputs: "
                     "the second moments are rank-deficient and rest on damping"
                 )
+            weight = retarget(weight, moments, name=matrix.name)
         return prune_matrix(self.method, weight, evidence, cut, self.update), notes
+
+
+@contextmanager
+def _swapped(matrices: list[Matrix], weights: list[Tensor] | None) -> Iterator[None]:
+    """The matrices with other weights for a moment."""
+    if weights is None:
+        yield
+        return
+    now = [m.tensor().clone() for m in matrices]
+    for matrix, weight in zip(matrices, weights, strict=True):
+        matrix.tensor().copy_(weight)
+    try:
+        yield
+    finally:
+        for matrix, weight in zip(matrices, now, strict=True):
+            matrix.tensor().copy_(weight)
 
 
 class _Clock:

@@ -102,6 +102,8 @@ class Ranks:
             else:
                 dist.all_reduce(moments.gram)
                 moments.diagonal = moments.gram.diagonal()
+                if moments.cross is not None:
+                    dist.all_reduce(moments.cross)
             totals[leader] = moments
         inputs.adopt({name: leader for name, (leader, _) in known.items()}, totals)
 

@@ -157,6 +157,9 @@ def prune_blocks(
         true_sequential=session.recipe.granularity == "true_sequential",
         store=dense_store(session, evidence),
         ranks=session.ranks,
+        reference=list(replay.hidden)
+        if replay is not None and session.recipe.reconstruct == "dense"
+        else None,
     )
     checkpoint = Checkpoint(engine, folder, resident=session.resident is None)
     results = checkpoint.restore()

@@ -12,6 +12,7 @@ import torch
 
 from secateur import __version__
 from secateur.data.windows import Windows, calibration_windows, evaluation_windows
+from secateur.errors import UsageError
 from secateur.evidence.replay import Replay, Residency
 from secateur.masks.target import Scope
 from secateur.methods import Method, Need, methods
@@ -108,6 +109,13 @@ def prepare(
 ) -> Session:
     """Load the model and resolve what the recipe leaves to defaults; nothing is changed yet."""
     method, scope, update = resolve(recipe)
+    if recipe.reconstruct == "dense" and update == "none":
+        raise UsageError(
+            f"survivors are not updated with update={update!r}, so they cannot be fitted to anything",
+            field="reconstruct",
+            value="dense",
+            fix="--update exact, or reconstruct: block",
+        )
     if loaded is None:
         with progress.stage(f"loading {recipe.model}", total=1) as advance:
             loaded = load(
