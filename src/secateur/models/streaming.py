@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from secateur.errors import MissingExtra, SecateurError
 from secateur.models.anatomy import Block, ModelView
@@ -16,6 +17,43 @@ from secateur.models.checks import check_weights
 from secateur.models.names import CheckpointMap
 from secateur.models.saving import tied_names
 from secateur.models.shards import SafetensorsFolder
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """``torch.empty`` without a device gives a meta tensor."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def without_weights(build: Callable[[], Any]) -> Any:
+    """``build()`` with its parameters on meta and its buffers real, tied weights tied.
+
+    Buffers (rotary tables and such) are computed by the constructor and stored nowhere, so
+    they must be real. Parameters are nearly all made by ``torch.empty``: made on meta from
+    the start they never touch the heap, whose fragments would count against a limit.
+    """
+    try:
+        from accelerate import init_empty_weights
+    except ImportError:
+        raise MissingExtra("accelerate", "hf", "streaming a model") from None
+
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+        model = build()
+    if any(buffer.is_meta for buffer in model.buffers()):
+        with init_empty_weights(include_buffers=False):
+            model = build()
+    model.tie_weights()
+    return model
 
 
 class StreamedModel:
@@ -55,20 +93,16 @@ class StreamedModel:
         Raises:
             SecateurError: damaged files, or tensors that do not match the model.
         """
-        try:
-            from accelerate import init_empty_weights
-        except ImportError:
-            raise MissingExtra("accelerate", "hf", "streaming a model") from None
         from transformers import AutoConfig, AutoModelForCausalLM
 
         options = {"trust_remote_code": trust_remote_code}
         if config is None:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
-        # Buffers (rotary tables and such) are computed, not stored: they must be real.
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-        model.tie_weights()
-        return cls(model, SafetensorsFolder(folder), torch.device(device))
+        tensors = SafetensorsFolder(folder)
+        model = without_weights(
+            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        )
+        return cls(model, tensors, torch.device(device))
 
     @contextmanager
     def resident(self, block: Block) -> Iterator[Block]:
