@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.corpora import CORPORA
+from secateur.data.sequences import sequences, single_stream
 from secateur.data.texts import Split, Text, load_text
 from secateur.errors import UsageError
 
@@ -114,7 +114,7 @@ def calibration_windows(
     """
     _positive("samples", samples)
     _positive("length", length)
-    if (stream := _stream(source)) is not None:
+    if (stream := single_stream(source)) is not None:
         windows = _drawn(stream, samples, length, seed, {"source": "tokens"})
     elif _is_text(source):
         text = _as_text(source, "train")
@@ -151,11 +151,11 @@ def evaluation_windows(
         )
     if limit is not None:
         _positive("windows", limit)
-    if (stream := _stream(source)) is not None:
+    if (stream := single_stream(source)) is not None:
         windows = _in_order(stream, length, limit, {"source": "tokens"})
     elif _is_text(source):
         text = _as_text(source, "test")
-        ids = _ids(_needed(tokenizer), "\n\n".join(text.documents), special=True)
+        ids = text_ids(_needed(tokenizer), "\n\n".join(text.documents))
         record = {
             "text": text.record(),
             "source": "text",
@@ -167,6 +167,13 @@ def evaluation_windows(
     else:
         windows = _given(source, limit)
     return windows if vocabulary is None else windows.check_vocabulary(vocabulary)
+
+
+def text_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """The token ids of a text of any length, with the tokenizer's special tokens or without."""
+    # verbose=False: a text longer than the model's context is no mistake here, it gets cut.
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -181,7 +188,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _packed(text: Text, tokenizer: Any, wanted: int, seed: int) -> tuple[Tensor, dict[str, Any]]:
     """One stream of at least ``SURPLUS * wanted`` tokens, or all there are."""
     end = getattr(tokenizer, "eos_token_id", None)
-    joint = [end] if end is not None else _ids(tokenizer, "\n\n", special=False)
+    joint = [end] if end is not None else text_ids(tokenizer, "\n\n", special=False)
     begin = _opening(tokenizer)
     stretches = [
         (document[at : at + STRETCH], at == 0, at + STRETCH >= len(document))
@@ -192,7 +199,7 @@ def _packed(text: Text, tokenizer: Any, wanted: int, seed: int) -> tuple[Tensor,
     stream: list[int] = []
     for stretch, first, last in stretches:
         stream += begin if first else []
-        stream += _ids(tokenizer, stretch, special=False)
+        stream += text_ids(tokenizer, stretch, special=False)
         stream += joint if last else []
         if len(stream) >= SURPLUS * wanted:
             break
@@ -230,87 +237,22 @@ def _in_order(stream: Tensor, length: int, limit: int | None, record: dict[str, 
     return Windows(ids, None, record | shape)
 
 
-def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    # verbose=False: a long text is no mistake here, it is cut afterwards.
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return ids
-
-
 def _opening(tokenizer: Any) -> list[int]:
     """What the tokenizer puts in front of a text."""
-    plain, whole = _ids(tokenizer, "a", special=False), _ids(tokenizer, "a", special=True)
+    plain, whole = text_ids(tokenizer, "a", special=False), text_ids(tokenizer, "a")
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     return whole[:start]
 
 
-# -- tokens that are given --------------------------------------------------------------------
-
-
-def _given(source: Any, samples: int | None) -> Windows:
-    """Sequences that are tokens already, as they are; an endless iterable is no problem."""
-    rows: list[tuple[Tensor, Tensor]] = []
-    for item in islice(iter(source), samples):
-        rows += _rows(item)
-    rows = rows[:samples]
-    if not rows or max(len(ids) for ids, _ in rows) == 0:
-        raise UsageError("there is nothing in it", field="calibration", value=type(source).__name__)
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (row, keep) in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = keep
-    record = {"source": "tokens", "samples": len(rows), "length": length}
-    whole = bool(mask.all())
-    return Windows(ids, None if whole else mask, record | {"tokens": int(mask.sum())})
-
-
-def _rows(item: Any) -> list[tuple[Tensor, Tensor]]:
-    """(ids, mask) of each sequence in one element of a data set."""
-    mapping = item if isinstance(item, Mapping) else {"input_ids": item}
-    if "input_ids" not in mapping:
-        raise UsageError(
-            "a sample has no 'input_ids'",
-            field="calibration",
-            value=", ".join(map(str, mapping)) or "an empty mapping",
-            fix="give text, token ids, or mappings with input_ids (and attention_mask)",
-        )
-    try:
-        ids = torch.atleast_2d(torch.as_tensor(mapping["input_ids"]).cpu())
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"a sample is no sequence of token ids ({error})",
-            field="calibration",
-            value=type(item).__name__,
-            fix="give text, token ids, or mappings with input_ids (and attention_mask)",
-        ) from None
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex():
-        raise UsageError(
-            f"token ids are whole numbers in one or two dimensions, not {ids.dtype} in {ids.dim()}",
-            field="calibration",
-            value=tuple(ids.shape),
-        )
-    mask = mapping.get("attention_mask")
-    keep = torch.ones_like(ids) if mask is None else torch.atleast_2d(torch.as_tensor(mask).cpu())
-    if keep.shape != ids.shape:
-        raise UsageError(
-            f"the attention mask has the shape {tuple(keep.shape)}, the ids {tuple(ids.shape)}",
-            field="calibration",
-            value="attention_mask",
-        )
-    return list(zip(ids.long(), keep.bool(), strict=True))
+def _given(source: Any, at_most: int | None) -> Windows:
+    """Tokens that are there already, as they are."""
+    ids, mask = sequences(source, at_most)
+    tokens = ids.numel() if mask is None else int(mask.sum())
+    record = {"source": "tokens", "samples": len(ids), "length": ids.shape[1], "tokens": tokens}
+    return Windows(ids, mask, record)
 
 
 # -- small words ------------------------------------------------------------------------------
-
-
-def _stream(source: Any) -> Tensor | None:
-    """``source`` as (T,) int64 when it is one sequence of token ids, else None."""
-    if isinstance(source, list | tuple) and source and isinstance(source[0], int):
-        return torch.tensor(source, dtype=torch.int64)
-    if not isinstance(source, Tensor) or source.dim() != 1:
-        return None
-    return next(iter(_rows(source)))[0]
 
 
 def _is_text(source: Any) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.corpora import data_folder
-from secateur.data.windows import tokenizer_fingerprint
+from secateur.data.windows import text_ids, tokenizer_fingerprint
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import Logits
 from secateur.progress import SILENT, Progress
@@ -155,8 +155,8 @@ def _encode(tokenizer: Any, context: str, continuation: str) -> tuple[list[int],
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
-    whole: list[int] = tokenizer(stripped + continuation)["input_ids"]
-    first = len(tokenizer(stripped)["input_ids"]) if stripped else 0
+    whole = text_ids(tokenizer, stripped + continuation)
+    first = len(text_ids(tokenizer, stripped)) if stripped else 0
     bos = getattr(tokenizer, "bos_token_id", None)
     if first == 0:
         begins = bool(whole) and whole[0] == bos

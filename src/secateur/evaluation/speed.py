@@ -59,9 +59,9 @@ def compare_speed(
         while turns < FEWEST or time.perf_counter() < deadline:
             order = ("dense", "pruned") if turns % 2 == 0 else ("pruned", "dense")
             for name in order:
-                prefill, decode = _turn(models[name], ids)
-                times[name]["prefill"].append(prefill)
-                times[name]["decode"] += [] if decode is None else [decode]
+                read, write = _turn(models[name], ids)
+                times[name]["prefill"].append(read)
+                times[name]["decode"] += [] if write is None else [write]
             turns += 1
     finally:
         for name, model in models.items():
@@ -97,8 +97,8 @@ def verdict(
         )
     return (
         f"measured here: {measured}. Unstructured {asked.sparsity:.0%} gives no speed-up with "
-        "dense kernels; to gain speed prune 2:4 for such GPUs or remove whole structures, "
-        "to gain space use the bitmask export."
+        "dense kernels: for speed remove whole structures, or prune 2:4 for an NVIDIA GPU that "
+        "has it; for space use the bitmask export."
     )
 
 
