@@ -16,7 +16,9 @@ from importlib import resources
 
 from markupsafe import Markup
 
-WIDE, NARROW = 920, 340
+WIDE, HALF, NARROW = 928, 432, 320
+"""Widths at which text has its natural size: a whole card, half a card, a telephone's."""
+
 TONES = 6
 
 
@@ -101,10 +103,18 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten inside [low, high]; thinned to tens when there are many."""
+    """1, 2, 5 times powers of ten inside [low, high]; fewer of each ten when there are many.
+
+    >>> log_ticks(20, 900)
+    [20.0, 50.0, 100.0, 200.0, 500.0]
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
-    return found if len(found) <= 7 else [t for t in found if f"{t:e}".startswith("1")]
+    found: list[float] = []
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        found = [m * 10.0**p for p in powers for m in steps if low <= m * 10.0**p <= high]
+        if len(found) <= 8:
+            break
+    return found
 
 
 def line_chart(
@@ -151,7 +161,10 @@ def line_chart(
     for tick in marks:
         canvas.line(left, at_y(tick), right, at_y(tick), "grid")
         canvas.text(left - 8, at_y(tick) + 4, y_text(tick), "tick", "end")
-    for tick in ticks(left_x, right_x, max(3, int((right - left) // 90))):
+    places = sorted({x for x, _ in spots})
+    if len(places) > 8:
+        places = ticks(left_x, right_x, max(3, int((right - left) // 90)))
+    for tick in places:
         canvas.text(at_x(tick), bottom + 18, x_text(tick), "tick", "middle")
     canvas.line(left, bottom, right, bottom, "axis")
     canvas.text((left + right) / 2, height - 6, x_label, "label", "middle")
@@ -167,7 +180,7 @@ def bar_chart(
     bars: Sequence[Bar],
     *,
     title: str,
-    width: float = 440,
+    width: float = HALF,
     reference: tuple[float, str] | None = None,
     description: str = "",
 ) -> Markup:
@@ -212,12 +225,13 @@ def heat_map(
     x_label: str = "",
     width: float = WIDE,
     tone: int = 0,
+    tallest: float = 26,
     description: str = "",
 ) -> Markup:
     """A grid of fields, the fuller the colour the higher the value; None is left empty."""
     left = 10 + 7.2 * max((len(r) for r in rows), default=0)
     pitch = min(34.0, (width - left - 2) / max(1, len(columns)))
-    tall = max(18.0, min(26.0, pitch))
+    tall = min(tallest, max(18.0, pitch))
     top, bottom = 4.0, 4.0 + tall * len(rows)
     canvas = _Canvas(title, width, bottom + 52, description)
     gap = 2.0 if pitch > 8 else 0.6
@@ -252,13 +266,13 @@ def histogram(
     title: str,
     x_label: str,
     threshold: float | None = None,
-    width: float = 440,
-    height: float = 210,
+    width: float = HALF,
+    height: float = 220,
     description: str = "",
 ) -> Markup:
     """Kept and pruned weights by score, stacked; ``threshold`` is on the scale of ``edges``."""
     canvas = _Canvas(title, width, height, description)
-    top, bottom = 30.0, height - 40.0
+    top, bottom = 46.0, height - 40.0
     peak = max(1, max((k + p for k, p in zip(kept, pruned, strict=True)), default=1))
     span = (edges[-1] - edges[0]) or 1.0
 
@@ -282,18 +296,17 @@ def histogram(
     canvas.text(width / 2, height - 6, x_label, "label", "middle")
     _legend(canvas, [Series("pruned", (), tone=1), Series("kept", (), tone=0)], 12)
     if threshold is not None and edges[0] <= threshold <= edges[-1]:
-        canvas.line(at(threshold), top - 6, at(threshold), bottom, "reference")
+        canvas.line(at(threshold), top - 20, at(threshold), bottom, "reference")
         side = "end" if at(threshold) > width * 0.6 else "start"
-        canvas.text(
-            at(threshold) + (-6 if side == "end" else 6), top + 4, "threshold", "tick", side
-        )
+        shift = -6 if side == "end" else 6
+        canvas.text(at(threshold) + shift, top - 10, "threshold", "tick", side)
     return canvas.markup()
 
 
-def responsive(draw: Callable[[float], Markup]) -> Markup:
+def responsive(draw: Callable[[float], Markup], wide: float = WIDE) -> Markup:
     """The chart for wide and for narrow screens; CSS shows one of them."""
     return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
-        draw(WIDE), draw(NARROW)
+        draw(wide), draw(NARROW)
     )
 
 
@@ -316,7 +329,7 @@ def _legend(canvas: _Canvas, series: Sequence[Series], top: float) -> float:
     """Names with their colours in as many lines as they need; returns the height used."""
     x, y = 2.0, top
     for s in series:
-        wide = 30 + 6.8 * len(s.label)
+        wide = 34 + 7.2 * len(s.label)
         if x + wide > canvas.width and x > 2:
             x, y = 2.0, y + 20
         canvas.add(

@@ -185,6 +185,6 @@ def _chart(record: dict[str, Any], key: str, label: str, *, log: bool) -> Markup
             log_y=log,
             from_zero=not log,
             reference=(dense, "dense") if dense else None,
-            y_text=lambda y: words.figure(y, 3),
+            y_text=words.level,
         )
     )

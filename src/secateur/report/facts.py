@@ -10,6 +10,8 @@ Sentence = tuple[str, str]
 """Tone (``good``, ``plain`` or ``caution``) and text."""
 
 Z95 = 1.96
+NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "gblm": "GBLM-Pruner", "ria": "RIA"}
+"""Methods whose proper name is not their word on the command line."""
 
 
 def subtitle(result: dict[str, Any]) -> str:
@@ -18,7 +20,7 @@ def subtitle(result: dict[str, Any]) -> str:
     asked = totals.get("pattern") or words.percent(totals.get("asked"))
     line = f"{asked} pruned"
     if recipe.get("method"):
-        line += f" with {recipe['method']}"
+        line += f" with {NAMES.get(recipe['method'], recipe['method'])}"
     update = recipe.get("update") or (result.get("resolved") or {}).get("update")
     if update and update != "none":
         line += f", survivors updated ({update})"

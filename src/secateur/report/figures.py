@@ -31,7 +31,7 @@ def quality_chart(result: dict[str, Any]) -> Markup | None:
             bars.append(Bar(key, value, words.figure(value), low, high, tone))
     if not bars:
         return None
-    return charts.bar_chart(bars, title="Perplexity, lower is better")
+    return _bars(bars, "Perplexity, lower is better")
 
 
 def error_chart(result: dict[str, Any]) -> Markup | None:
@@ -76,7 +76,7 @@ def sparsity_chart(result: dict[str, Any]) -> Markup | None:
     low, high = (0.0, 1.0) if even else (max(0.0, min(values) - 0.02), max(values))
     draw = partial(
         charts.heat_map, *grid, title="Pruned share of each matrix", low=low, high=high,
-        text=partial(words.percent, digits=0), x_label="block", tone=1,
+        text=partial(words.percent, digits=0), x_label="block", tone=1, tallest=16 if even else 26,
     )  # fmt: skip
     return charts.responsive(lambda width: draw(width=width))
 
@@ -115,25 +115,24 @@ def bytes_chart(result: dict[str, Any]) -> Markup | None:
             text += f", {words.percent(value / dense, 1)}"
         label = _DISK.get(key, key.replace("_", " "))
         bars.append(Bar(label, value, text, tone=5 if key == "dense" else 0))
-    return charts.bar_chart(bars, title="Bytes on disk") if bars else None
+    return _bars(bars, "Bytes on disk") if bars else None
 
 
-def speed_chart(result: dict[str, Any]) -> Markup | None:
+def speed_charts(result: dict[str, Any]) -> list[tuple[str, Markup]]:
     """Throughput of each phase, dense and pruned, with the spread of the repeats."""
-    speed = result.get("speed") or {}
-    bars = []
+    out = []
     for phase in ("prefill", "decode"):
-        measured = speed.get(phase)
+        measured = (result.get("speed") or {}).get(phase)
         if not measured:
             continue
         unit = measured.get("unit", "")
+        bars = []
         for key, tone in (("dense", 5), ("pruned", 2)):
             m = measured[key]
             text = f"{words.figure(m['median'], 3)} {unit}".strip()
-            bars.append(Bar(f"{phase}, {key}", m["median"], text, m["low"], m["high"], tone))
-    if not bars:
-        return None
-    return charts.bar_chart(bars, title="Speed, dense and pruned, higher is better")
+            bars.append(Bar(key, m["median"], text, m.get("low"), m.get("high"), tone))
+        out.append((phase, _bars(bars, f"Speed of {phase}, higher is better")))
+    return out
 
 
 def time_chart(result: dict[str, Any]) -> Markup | None:
@@ -146,7 +145,7 @@ def time_chart(result: dict[str, Any]) -> Markup | None:
         Bar(k.replace("_", " "), v, words.duration(v), tone=3)
         for k, v in sorted(timing.items(), key=lambda item: -item[1])
     ]
-    return charts.bar_chart(bars, title=f"Time, {words.duration(total)} in all")
+    return _bars(bars, f"Time, {words.duration(total)} in all")
 
 
 def mask_panels(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -161,7 +160,7 @@ def mask_panels(result: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "name": module["name"],
                 "picture": picture,
-                "span": words.percent(pictures.Density.read(module["picture"]).span, 1),
+                "span": f"{100 * pictures.Density.read(module['picture']).span:.0f}",
                 "histogram": _histogram(module),
                 "module": module,
             }
@@ -169,18 +168,28 @@ def mask_panels(result: dict[str, Any]) -> list[dict[str, Any]]:
     return panels
 
 
+def _bars(bars: list[Bar], title: str) -> Markup:
+    return charts.responsive(
+        lambda width: charts.bar_chart(bars, title=title, width=width), wide=charts.HALF
+    )
+
+
 def _histogram(module: dict[str, Any]) -> Markup | None:
     counts = module.get("histogram")
     if not counts or not (sum(counts["kept"]) + sum(counts["pruned"])):
         return None
     threshold = module.get("threshold")
-    return charts.histogram(
-        counts["edges"],
-        counts["kept"],
-        counts["pruned"],
-        title=f"Scores of {module['name']}",
-        x_label="log₁₀ of the score",
-        threshold=math.log10(threshold) if threshold and threshold > 0 else None,
+    return charts.responsive(
+        lambda width: charts.histogram(
+            counts["edges"],
+            counts["kept"],
+            counts["pruned"],
+            title=f"Scores of {module['name']}",
+            x_label="log₁₀ of the score",
+            threshold=math.log10(threshold) if threshold and threshold > 0 else None,
+            width=width,
+        ),
+        wide=charts.HALF + 60,
     )
 
 

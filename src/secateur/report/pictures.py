@@ -102,15 +102,12 @@ def _profile(
 ) -> str:
     """Deviation of each column (or row) from the mean as a filled step curve."""
     middle, pitch = height / 2, length / len(means)
-    path = f"M0 {middle:g}"
-    for i, value in enumerate(means):
-        level = middle - max(-1.0, min(1.0, (float(value) - mean) / span)) * (middle - 2)
-        path += f"L{i * pitch:.1f} {level:.1f}L{(i + 1) * pitch:.1f} {level:.1f}"
-    path += f"L{length:g} {middle:g}Z"
-    return (
-        f'<path d="{path}" class="c-profile"/>'
-        f'<line x1="0" y1="{middle:g}" x2="{length:g}" y2="{middle:g}" class="c-grid"/>'
-    )
+    levels = np.clip((means - mean) / span, -1, 1) * (middle - 2)
+    paths = ""
+    for kind, part in (("more", levels.clip(min=0)), ("less", levels.clip(max=0))):
+        steps = "".join(f"V{middle - v:.1f}h{pitch:.2f}" for v in part)
+        paths += f'<path d="M0 {middle:g}{steps}V{middle:g}Z" class="c-{kind}"/>'
+    return f'{paths}<line x1="0" y1="{middle:g}" x2="{length:g}" y2="{middle:g}" class="c-grid"/>'
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 NOTHING = "–"
+THIN = "\N{NO-BREAK SPACE}"
+"""Between a number and its unit, so that no line breaks there."""
 
 
 def count(value: float | None) -> str:
@@ -33,22 +35,22 @@ def short(value: float | None) -> str:
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share as a percentage, without trailing zeros.
+    r"""A share as a percentage, without trailing zeros.
 
     >>> percent(0.5), percent(0.33333)
-    ('50 %', '33.33 %')
+    ('50\xa0%', '33.33\xa0%')
     """
     if share is None or not math.isfinite(share):
         return NOTHING
     text = f"{100 * share:.{digits}f}"
-    return (text.rstrip("0").rstrip(".") if "." in text else text) + " %"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + f"{THIN}%"
 
 
 def change(before: float, after: float) -> str:
-    """By how much ``after`` differs from ``before``, signed.
+    r"""By how much ``after`` differs from ``before``, signed.
 
     >>> change(20.0, 30.0)
-    '+50 %'
+    '+50\xa0%'
     """
     share = after / before - 1
     digits = 1 if abs(share) < 0.1 else 0
@@ -56,16 +58,16 @@ def change(before: float, after: float) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes, in powers of ten.
+    r"""Bytes, in powers of ten.
 
     >>> size(268_900_000)
-    '268.9 MB'
+    '268.9\xa0MB'
     """
     if value is None:
         return NOTHING
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(value) >= factor:
-            return f"{value / factor:.4g} {unit}"
+            return f"{value / factor:.4g}{THIN}{unit}"
     return f"{value:.0f} B"
 
 
@@ -104,3 +106,12 @@ def ratio(value: float | None) -> str:
     '1.03×'
     """
     return NOTHING if value is None else f"{value:.2f}×"
+
+
+def level(value: float) -> str:
+    """A round number beside an axis.
+
+    >>> level(5.0), level(0.05), level(2000)
+    ('5', '0.05', '2,000')
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

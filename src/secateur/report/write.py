@@ -47,7 +47,7 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
             "sparsity": figures.sparsity_chart(result),
             "output_errors": figures.output_error_chart(result),
             "bytes": figures.bytes_chart(result),
-            "speed": figures.speed_chart(result),
+            "speed": figures.speed_charts(result),
             "time": figures.time_chart(result),
         },
         "masks": figures.mask_panels(result),
