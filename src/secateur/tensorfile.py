@@ -39,7 +39,7 @@ _CODES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class TensorFiles:
                     view = handle.get_slice(name)
                     self._where[name] = path
                     self._specs[name] = TensorSpec(
-                        _DTYPES[view.get_dtype()], tuple(view.get_shape())
+                        DTYPES[view.get_dtype()], tuple(view.get_shape())
                     )
 
     def names(self) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import MissingExtra, SecateurError, UsageError
-from secateur.models.shards import writing
+from secateur.files import told_plainly
 from secateur.models.state import quiet
 from secateur.progress import SILENT, Progress
 
@@ -80,7 +80,7 @@ def dequantised(file: Path, progress: Progress = SILENT) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtra("gguf", "hf", "reading a GGUF file")
-    with writing(folder):
+    with told_plainly(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{digest[:12]}.", dir=folder.parent))
     try:

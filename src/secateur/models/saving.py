@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.files import told_plainly
 from secateur.models.anatomy import Block, ModelView
-from secateur.models.shards import WEIGHTS, write_shard, writing
+from secateur.models.shards import WEIGHTS, write_shard
 
 
 def checkpoint_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,18 +74,32 @@ def save_weights(model: nn.Module, folder: Path | str) -> None:
 
 
 def save_config_and_tokenizer(model: nn.Module, tokenizer: Any, folder: Path | str) -> None:
-    """``config.json``, ``generation_config.json`` and the tokenizer's files (if there is one)."""
+    """``config.json``, ``generation_config.json`` and the tokenizer's files (if there is one).
+
+    A model that came with its own Python code takes the code along. Each file appears whole.
+    """
     folder = Path(folder)
-    config: Any = model.config
+    source: Any = model
+    config = deepcopy(source.config)
     config.architectures = [type(model).__name__]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if dtype is not None:
         config.dtype = str(dtype).removeprefix("torch.")
-    with writing(folder / "config.json"):
+    with told_plainly(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(folder)
-        generation: Any = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        with TemporaryDirectory(prefix=".config.", dir=folder) as temporary:
+            if getattr(model, "_auto_class", None) is not None:
+                from transformers.dynamic_module_utils import custom_object_save
+
+                custom_object_save(model, temporary, config=config)
+            config.save_pretrained(temporary)
+            if getattr(source, "generation_config", None) is not None:
+                source.generation_config.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            for file in sorted(Path(temporary).rglob("*")):
+                place = folder / file.relative_to(temporary)
+                if file.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    file.replace(place)

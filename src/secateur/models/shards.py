@@ -7,13 +7,10 @@ nothing else, so a model larger than memory can be walked through.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,25 +19,12 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError, UsageError
-from secateur.tensorfile import TensorSpec, TensorWriter
+from secateur.files import write_text
+from secateur.tensorfile import DTYPES, TensorSpec, save_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
@@ -100,7 +84,7 @@ class Shard:
 
     def _entry(self, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
         try:
-            spec = TensorSpec(_DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"]))
+            spec = TensorSpec(DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"]))
             begin, stop = (int(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(self.path, f"'{name}' is described as {entry!r}") from error
@@ -214,26 +198,6 @@ def _shard_names(folder: Path) -> list[str]:
     )
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into ours, naming the path and the fix."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        fix = (
-            "free some space or choose another folder; a run resumes where it stopped"
-            if full
-            else "choose a folder you can write to"
-        )
-        raise SecateurError(
-            f"cannot write '{path}' ({error.strerror or error})",
-            field="out",
-            value=str(path.parent),
-            fix=fix,
-        ) from error
-
-
 def write_shard(
     path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -242,27 +206,7 @@ def write_shard(
     Args:
         metadata: default ``{"format": "pt"}``, without which transformers will not load it.
     """
-    path = Path(path)
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    meta = {"format": "pt"} if metadata is None else metadata
-    with writing(path), TensorWriter(path, specs, meta) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write a text file: atomic and durable."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with writing(path):
-        try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    save_tensors(path, tensors, {"format": "pt"} if metadata is None else metadata)
 
 
 def write_index(folder: Path | str, weight_map: Mapping[str, str], total_size: int) -> None:

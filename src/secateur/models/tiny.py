@@ -6,7 +6,6 @@ written to disk without ever being held in memory.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
-from secateur.models.shards import write_index, write_shard, write_text
+from secateur.files import write_json
+from secateur.models.shards import write_index, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -155,7 +155,7 @@ def synthetic_llama(
         dtype=str(dtype).removeprefix("torch."),
         pad_token_id=0,
     )
-    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2, default=str) + "\n")
+    write_json(folder / "config.json", config.to_dict())
     tiny_tokenizer().save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
 
