@@ -47,8 +47,8 @@ def masked_least_squares(
     *,
     target: Tensor | None = None,
     iterations: int = 60,
-    tolerance: float = 1e-3,
-    damping: float = 1e-3,
+    tolerance: float = 2e-3,
+    damping: float = 0.01,
     name: str = "weight",
 ) -> tuple[Tensor, Solved]:
     """Conjugate gradients on all rows at once.
@@ -77,7 +77,7 @@ def masked_least_squares(
     """
     refuse_infinite(weight, name)
     work = moment.dtype if moment.dtype == torch.float64 else torch.float32
-    system = _System.of(weight.to(work), moment.to(work), target, damping, name)
+    system = System.of(weight.to(work), moment.to(work), target, damping, name)
     keep = (~mask).to(work)
     begin = weight if start is None else start
     if begin.shape != weight.shape:
@@ -90,7 +90,7 @@ def masked_least_squares(
 
 
 @dataclass(frozen=True)
-class _System:
+class System:
     """The normal equations in coordinates where H has a unit diagonal.
 
     ``matrix`` (d_in, d_in), ``right`` (d_out, d_in), ``scale`` (d_in,): w_scaled = w scale.
@@ -103,7 +103,7 @@ class _System:
     @classmethod
     def of(
         cls, weight: Tensor, moment: Tensor, target: Tensor | None, damping: float, name: str
-    ) -> _System:
+    ) -> System:
         diagonal = moment.diagonal()
         if not torch.isfinite(diagonal).all():
             raise NumericsError(
@@ -120,7 +120,7 @@ class _System:
 
 
 def _conjugate_gradients(
-    system: _System, solution: Tensor, keep: Tensor, iterations: int, tolerance: float
+    system: System, solution: Tensor, keep: Tensor, iterations: int, tolerance: float
 ) -> Solved:
     """Solve in place; rows that have converged leave the iteration."""
     rows = torch.arange(solution.shape[0], device=solution.device)
@@ -164,11 +164,11 @@ def masked_least_squares_exact(
     moment: Tensor,
     *,
     target: Tensor | None = None,
-    damping: float = 1e-3,
+    damping: float = 0.01,
     name: str = "weight",
 ) -> Tensor:
     """The same minimum by one Cholesky per row in float64: the oracle, for small matrices."""
-    system = _System.of(weight.double(), moment.double(), target, damping, name)
+    system = System.of(weight.double(), moment.double(), target, damping, name)
     out = torch.zeros_like(system.right)
     for row, keep in enumerate(~mask):
         if keep.any():
