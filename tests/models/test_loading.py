@@ -114,6 +114,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (lambda f: _config(f, model_type="t5", is_encoder_decoder=True), "'t5' is not a causal"),
         (lambda f: _config(f, quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\)"),
         (lambda f: _config(f, intermediate_size=64), "could not be loaded|lacks"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "an adapter"),
         (_cut, "truncated"),
         (_pickled, "pickles"),
         (lambda f: _edit(f, lambda s: s.pop(UP)), f"lacks 1 of the model's tensors, first '{UP}'"),

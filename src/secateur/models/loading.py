@@ -159,6 +159,14 @@ def _dtype(name: str, device: torch.device, config: Any, tensors: SafetensorsFol
 
 
 def _tensors(source: Source) -> SafetensorsFolder:
+    if (source.folder / "adapter_config.json").is_file():
+        raise UsageError(
+            "holds an adapter (LoRA), whose weights are only a difference to a model's",
+            field="model",
+            value=str(source.folder),
+            fix="merge it into its model: PeftModel.from_pretrained(model, folder)"
+            ".merge_and_unload().save_pretrained(new_folder)",
+        )
     if not (source.folder / "config.json").is_file():
         raise UsageError(
             "holds no config.json, so it is not a model folder",
