@@ -102,13 +102,13 @@ def _bytes(result: dict[str, Any]) -> list[Sentence]:
         text += (
             f"the bitmask container takes {words.percent(bitmask / dense, 1)} of the dense bytes"
         )
-    return [("plain", text[:1].upper() + text[1:] + ".")] if text else []
+    return [("plain", _sentence(text + "."))] if text else []
 
 
 def _speed(result: dict[str, Any]) -> list[Sentence]:
     speed, totals = result.get("speed"), result.get("totals") or {}
     if speed and speed.get("verdict"):
-        return [("plain", str(speed["verdict"]))]
+        return [("plain", _sentence(str(speed["verdict"])))]
     text = "Speed was not measured."
     if not totals.get("pattern") and totals.get("delivered"):
         text += (
@@ -116,6 +116,10 @@ def _speed(result: dict[str, Any]) -> list[Sentence]:
             " GPU, or removing whole channels, can."
         )
     return [("plain", text)]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def headlines(result: dict[str, Any]) -> list[dict[str, str]]:
