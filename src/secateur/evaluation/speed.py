@@ -158,7 +158,6 @@ def _summary(times: dict[str, dict[str, list[float]]], part: str, tokens: int) -
         "pruned": _quartiles(tokens / pruned),
         "unit": "tokens/s",
         "ratio": _quartiles(dense / pruned),
-        "unit": "tokens/s",
     }
 
 
