@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from secateur.report import write_report
-from secateur.report.facts import loss_word, verdicts
+from secateur.report.facts import facts, headlines, loss_word, verdicts
 
 Make = Callable[..., dict[str, Any]]
 NASTY = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>|`{{7*7}}"
@@ -155,6 +155,23 @@ def test_verdicts_do_not_flatter(result: Make) -> None:
     unmeasured = " ".join(line for _, line in verdicts(result(speed=None, verified=False)))
     assert "Scattered zeros bring none with dense kernels" in unmeasured
     assert "have not been verified" in unmeasured
+
+
+def test_speed_within_the_spread_is_no_headline(result: Make) -> None:
+    run = result()
+    assert headlines(run)[-1]["value"] == "≈ 1×"
+    run["speed"]["decode"]["ratio"] = {"median": 1.6, "low": 1.5, "high": 1.7}
+    assert headlines(run)[-1]["value"] == "1.60×"
+
+
+def test_records_are_laid_flat_and_hashes_shortened() -> None:
+    found = dict(facts({"text": {"name": "pydoc", "sha256": "ab" * 32}, "bos": True, "n": None}))
+    assert found == {
+        "text name": "pydoc",
+        "text sha256": "abababababababab…",
+        "bos": "yes",
+        "n": "–",
+    }
 
 
 def test_loss_scale_never_softens() -> None:

@@ -230,7 +230,7 @@ def heat_map(
 ) -> Markup:
     """A grid of fields, the fuller the colour the higher the value; None is left empty."""
     left = 10 + 7.2 * max((len(r) for r in rows), default=0)
-    pitch = min(34.0, (width - left - 2) / max(1, len(columns)))
+    pitch = min(56.0, (width - left - 2) / max(1, len(columns)))
     tall = min(tallest, max(18.0, pitch))
     top, bottom = 4.0, 4.0 + tall * len(rows)
     canvas = _Canvas(title, width, bottom + 52, description)

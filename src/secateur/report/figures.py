@@ -13,7 +13,7 @@ from secateur.report import charts, pictures, words
 from secateur.report.charts import Bar, Cell, Series
 from secateur.report.facts import interval
 
-_SHOWN = 14
+_SHOWN = 21
 """Matrices whose masks are shown, when more have pictures."""
 _ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2")
 _DISK = {
