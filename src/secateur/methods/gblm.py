@@ -85,7 +85,7 @@ class GBLM(Published):
 
 @dataclass(frozen=True)
 class Gradient(Published):
-    """S_ij = |W_ij| ||G_ij||: GBLM-Pruner's ablation without activations (its table 6).
+    """S_ij = |W_ij| ||G_ij||: the GBLM-Pruner paper's ablation without activations.
 
     Attributes:
         norm: across samples ``"l1"``, ``"l2"``, or ``"signed"`` for |sum g|, which lets samples

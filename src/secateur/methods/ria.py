@@ -19,7 +19,7 @@ class RIA(Published):
     """S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a, no update.
 
     Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language
-    Models", ICLR 2024, equations 2-3. Dividing by the sums over the weight's input and output
+    Models", ICLR 2024. Dividing by the sums over the weight's input and output
     channel keeps small channels alive. Compared within a matrix, as in the authors' code.
 
     Attributes:

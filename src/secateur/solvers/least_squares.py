@@ -94,11 +94,13 @@ class System:
     """The normal equations in coordinates where H has a unit diagonal.
 
     ``matrix`` (d_in, d_in), ``right`` (d_out, d_in), ``scale`` (d_in,): w_scaled = w scale.
+    ``alive`` (d_in,) bool is False for inputs that were always zero.
     """
 
     matrix: Tensor
     right: Tensor
     scale: Tensor
+    alive: Tensor
 
     @classmethod
     def of(
@@ -116,7 +118,7 @@ class System:
         matrix.diagonal().add_(damping).masked_fill_(dead, 1.0)
         right = weight @ moment if target is None else target.to(weight.dtype)
         right = right / scale + damping * weight * scale
-        return cls(matrix, torch.where(dead, weight, right), scale)
+        return cls(matrix, torch.where(dead, weight, right), scale, ~dead)
 
 
 def _conjugate_gradients(

@@ -91,7 +91,9 @@ def refine(
         inverse, before, previous = _ridge_inverse(system.matrix, rho), mask, rho
         for _ in range(iterations):
             dual += (system.right + rho * (sparse - dual)) @ inverse
-            score = dual.abs() if forced is None else dual.abs().masked_fill_(forced, -1.0)
+            score = dual.abs() * system.alive
+            if forced is not None:
+                score.masked_fill_(forced, -1.0)
             mask = select(score, cut, name)
             sparse = dual * ~mask
             dual -= sparse
