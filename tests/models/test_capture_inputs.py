@@ -161,3 +161,40 @@ def test_transposed_experts_are_seen_through_matmul(ids: Tensor) -> None:
             assert seen[matrix.name][-1] == matrix.shape[1]
     tokens = sum(shape[0] for name, shape in seen.items() if "gate_up_proj" in name)
     assert tokens == 2 * ids.numel()
+
+
+@fused
+def test_experts_multiplied_all_at_once_report_their_own_tokens(ids: Tensor) -> None:
+    """Llama 4 hands every expert all tokens, most of them zeroed; one expert a token counts."""
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=264,
+        hidden_size=48,
+        intermediate_size=32,
+        intermediate_size_mlp=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+        pad_token_id=0,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    view = ModelView.of(model)
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+
+    def note(matrix: Matrix, inputs: Tensor) -> None:
+        assert inputs.shape[-1] == matrix.shape[1]
+        if matrix.index is not None:
+            assert capture.rows is not None
+            assert inputs.ne(0).any(-1).all()
+            rows[matrix.name.split(".")[-2]].append(capture.rows)
+
+    with torch.no_grad(), capture_inputs(view.matrices(), note) as capture:
+        model(ids)
+    for seen in rows.values():
+        assert torch.equal(torch.cat(seen).sort().values, torch.arange(ids.numel()))
+    assert set(rows) == {"gate_up_proj", "down_proj"}

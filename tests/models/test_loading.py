@@ -195,6 +195,7 @@ def test_bad_weights_are_named() -> None:
     with pytest.raises(NumericsError, match=r"layers.1.fc1.bias' .* 1 of 96"):
         check_weights(model)
     check_weights({"codes": torch.tensor([1, 2])})
+    check_weights({"large": torch.full((4,), 3e38)})  # the sum overflows, the weights do not
 
 
 @pytest.mark.parametrize("fail", [False, True])

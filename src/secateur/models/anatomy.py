@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.models.capture import capture_inputs, expert_inputs
-from secateur.models.discovery import find_blocks, is_conv1d, is_experts, is_linear
+from secateur.models.discovery import (
+    experts_transposed,
+    find_blocks,
+    is_conv1d,
+    is_experts,
+    is_linear,
+)
 from secateur.models.families import Attention, Family, family_of, is_router, role_of
 from secateur.models.matrix import Matrix
 
@@ -189,7 +195,7 @@ def find_matrices(
             role = role_of(name, family)
             out.append(Matrix(name, module, transposed=is_conv1d(module), role=role))
         elif is_experts(module):
-            transposed = bool(getattr(module, "is_transposed", False))
+            transposed = experts_transposed(module)
             for parameter, value in module._parameters.items():
                 if value is None or value.dim() != 3:
                     continue

@@ -29,6 +29,22 @@ def is_experts(module: nn.Module) -> bool:
     return fused and named
 
 
+def experts_transposed(module: nn.Module) -> bool:
+    """True if the experts' parameters are (expert, d_in, d_out) rather than (expert, out, in).
+
+    transformers says so itself on most experts; on the others the width that
+    ``gate_up_proj`` takes in tells.
+    """
+    declared = getattr(module, "is_transposed", None)
+    if declared is not None:
+        return bool(declared)
+    first = module._parameters.get("gate_up_proj")
+    hidden = getattr(module, "hidden_size", None) or getattr(module, "hidden_dim", None)
+    if first is None or hidden is None or first.shape[-1] == first.shape[-2]:
+        return type(module).__name__ == "Llama4TextExperts"
+    return bool(first.shape[-2] == hidden)
+
+
 def _weights_in(module: nn.Module) -> int:
     """Number of prunable weights below ``module``."""
     found = (m for m in module.modules() if is_linear(m) or is_experts(m))
