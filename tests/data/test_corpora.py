@@ -15,6 +15,7 @@ import pytest
 from secateur.data import cleaning, corpora, packages
 from secateur.data.corpora import CORPORA, corpus_documents, digest
 from secateur.data.packages import Package, unpacked
+from secateur.data.texts import load_text
 from secateur.errors import SecateurError
 
 
@@ -162,3 +163,46 @@ def _r_object(kind: int, strings: list[str]) -> bytes:
 )
 def test_wikitext_is_put_back_into_ordinary_writing(spaced: str, written: str) -> None:
     assert cleaning.detokenised_wikitext(spaced) == written
+
+
+ROWS = ["", " = Title = \n", "", " It 's a co @-@ star . \n"]
+
+
+@pytest.fixture
+def wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder; what is not in it comes from a stand-in for ``datasets``."""
+    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
+    monkeypatch.setattr(corpora, "_hub_rows", lambda name, part: [*ROWS, f" {part} \n"])
+    return tmp_path
+
+
+def test_wikitext_is_the_same_from_the_folder_and_from_the_hub(wikitext: Path) -> None:
+    raw = load_text("wikitext-2-raw:valid")
+    assert raw.documents == ["\n\n".join([*ROWS, " valid \n"])]
+    ordinary = load_text("wikitext-2:valid")
+    assert ordinary.documents == ["= Title =\n\nIt's a co-star.\nvalid"]
+    for name in ("wikitext-2", "wikitext-2-raw"):
+        (wikitext / name).mkdir()
+        file = wikitext / name / "valid.txt"
+        file.write_text("".join(row or " \n" for row in [*ROWS, " valid \n"]))
+    assert load_text("wikitext-2-raw:valid").sha256 == raw.sha256
+    assert load_text("wikitext-2:valid").sha256 == ordinary.sha256
+
+
+def test_wikitexts_validation_part_serves_as_its_train_part(wikitext: Path) -> None:
+    assert load_text("wikitext-2:train").documents == load_text("wikitext-2:valid").documents
+    assert [d.split()[-1] for d in load_text("wikitext-2").documents] == ["valid", "test"]
+    assert load_text("wikitext-2-raw:train").documents[0].split()[-1] == "train"
+
+
+def test_without_a_network_datasets_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'data'")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no network today")
+
+    monkeypatch.setenv("SECATEUR_DATA", "/nonexistent")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(SecateurError, match="no network today") as caught:
+        load_text("wikitext-2:test")
+    assert "wikitext-2/test.txt" in str(caught.value)

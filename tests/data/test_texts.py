@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pyarrow as arrow
-import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,11 +21,18 @@ def test_plain_text_is_one_document_unless_separated(tmp_path: Path) -> None:
     assert load_text(str(tmp_path / "three.txt")).documents == DOCUMENTS
 
 
+def _write_parquet(path: Path, columns: dict) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="needs the extra 'data'")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table(columns), path)
+
+
 def test_the_same_documents_from_every_format_have_the_same_hash(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(joined(DOCUMENTS), encoding="utf-8")
     lines = [json.dumps({"text": d, "id": i}) for i, d in enumerate(DOCUMENTS)]
     (tmp_path / "t.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
-    parquet.write_table(arrow.table({"id": [1, 2, 3], "text": DOCUMENTS}), tmp_path / "t.parquet")
+    _write_parquet(tmp_path / "t.parquet", {"id": [1, 2, 3], "text": DOCUMENTS})
     texts = [load_text(tmp_path / f"t.{kind}") for kind in ("txt", "jsonl", "parquet")]
     assert [t.documents for t in texts] == [DOCUMENTS] * 3
     assert {t.sha256 for t in texts} == {fingerprint(DOCUMENTS)}
@@ -89,6 +94,8 @@ def test_separated_documents_come_back() -> None:
     ],
 )
 def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow", reason="needs the extra 'data'")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=words) as caught:
         load_text(tmp_path / name)
@@ -96,10 +103,10 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, w
 
 
 def test_a_parquet_file_without_texts_names_its_columns(tmp_path: Path) -> None:
-    parquet.write_table(arrow.table({"body": ["a"]}), tmp_path / "t.parquet")
+    _write_parquet(tmp_path / "t.parquet", {"body": ["a"]})
     with pytest.raises(UsageError, match="it has: body"):
         load_text(tmp_path / "t.parquet")
-    parquet.write_table(arrow.table({"text": ["a", None]}), tmp_path / "t.parquet")
+    _write_parquet(tmp_path / "t.parquet", {"text": ["a", None]})
     with pytest.raises(UsageError, match="row 2"):
         load_text(tmp_path / "t.parquet")
 
