@@ -12,6 +12,7 @@ for a chunk of sequences, then each block is recomputed and differentiated by it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -169,9 +170,10 @@ def _head_gradient(replay: Replay, batch: int, hidden: Tensor) -> Tensor:
 
 
 def _finite(loss: Tensor, sequence: int) -> None:
-    if not bool(torch.isfinite(loss)):
+    value = float(loss.detach())
+    if not math.isfinite(value):
         raise NumericsError(
-            f"the loss of calibration sequence {sequence} is {float(loss)}",
+            f"the loss of calibration sequence {sequence} is {value}",
             fix="use --dtype float32, or check the weights and the tokenizer",
         )
 

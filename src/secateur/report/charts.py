@@ -114,7 +114,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         found = [m * 10.0**p for p in powers for m in steps if low <= m * 10.0**p <= high]
         if len(found) <= 8:
             break
-    return found
+    return found if len(found) > 1 else ticks(low, high, 4)
 
 
 def line_chart(

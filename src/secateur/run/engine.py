@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocation.plan import Plan
-from secateur.errors import NumericsError, VerificationError
+from secateur.errors import NumericsError, UsageError, VerificationError
 from secateur.evidence.gather import BlockInputs, gather_inputs
 from secateur.evidence.gradients import of_matrix
 from secateur.evidence.replay import Replay
@@ -223,6 +223,14 @@ class Engine:
                 fix="repair the checkpoint, or leave the matrix out with --exclude",
             )
         cut = self.plan.cut(matrix.name, self.scope)
+        zeros = int((weight == 0).sum())
+        if zeros > cut.count + 0.01 * weight.numel():
+            raise UsageError(
+                f"'{matrix.name}' is {zeros / weight.numel():.1%} zeros already, more than asked",
+                field="sparsity",
+                value=round(cut.sparsity, 6),
+                fix="ask for more than it has, or leave it out with --exclude",
+            )
         notes: list[str] = []
         moments: InputMoments | None = evidence.inputs
         if self.replay is not None:

@@ -144,7 +144,7 @@ def prepare(
             samples=spec.samples,
             length=spec.length,
             seed=spec.seed,
-        )
+        ).check_vocabulary(loaded.model.get_input_embeddings().weight.shape[0])
     if recipe.evaluation is not None and loaded.tokenizer is not None:
         session.evaluation = evaluation_windows(
             recipe.evaluation.text,
