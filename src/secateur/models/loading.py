@@ -48,6 +48,11 @@ class Loaded:
     streamed: StreamedModel | None = None
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: token ids lie below it."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         if self.streamed is not None:

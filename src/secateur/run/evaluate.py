@@ -44,7 +44,9 @@ def evaluate_model(
             )
     from secateur.evaluation.perplexity import fidelity, perplexity
 
-    wanted = evaluation_windows(text, loaded.tokenizer, length, limit=windows)
+    wanted = evaluation_windows(
+        text, loaded.tokenizer, length, limit=windows, vocabulary=loaded.vocabulary
+    )
     if dense is None:
         if speed:
             raise UsageError("speed is a ratio: it needs a dense model", field="dense", value=None)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
-import platform
 from typing import Any
 
 import torch
@@ -92,36 +90,3 @@ def picture(mask: Tensor) -> dict[str, Any]:
         "cols": columns,
         "density": base64.b64encode(cells.numpy().tobytes()).decode("ascii"),
     }
-
-
-def machine_record() -> dict[str, Any]:
-    """What the figures were measured on: processor, threads, memory, versions."""
-    record: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(_memory() / 2**30, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        record["gpu"] = torch.cuda.get_device_name()
-    return record
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0

@@ -144,13 +144,15 @@ def prepare(
             samples=spec.samples,
             length=spec.length,
             seed=spec.seed,
-        ).check_vocabulary(loaded.model.get_input_embeddings().weight.shape[0])
+            vocabulary=loaded.vocabulary,
+        )
     if recipe.evaluation is not None and loaded.tokenizer is not None:
         session.evaluation = evaluation_windows(
             recipe.evaluation.text,
             loaded.tokenizer,
             recipe.evaluation.length,
             limit=recipe.evaluation.windows,
+            vocabulary=loaded.vocabulary,
         )
     return session
 
