@@ -66,6 +66,13 @@ def test_any_line_stays_on_the_canvas(
         assert -1 <= float(dot.get("cy", "nan")) <= 301
 
 
+@given(st.floats(1e-3, 1e3), st.floats(1.0, 3.0), st.booleans())
+def test_narrow_ranges_have_labels(low: float, factor: float, log: bool) -> None:
+    points = [(0, low), (1, low * factor)]
+    svg = charts.line_chart([Series("a", points)], title="t", x_label="x", y_label="y", log_y=log)
+    assert len([t for t in tree(svg).iter(f"{SVG}text") if t.get("text-anchor") == "end"]) >= 1
+
+
 def test_lines_rise_with_their_values() -> None:
     svg = charts.line_chart(
         [Series("a", [(0, 1), (1, 10), (2, 100)])], title="t", x_label="x", y_label="y", log_y=True
