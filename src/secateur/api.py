@@ -66,8 +66,6 @@ def prune(
         0.5
     """
     text = str(calibration) if isinstance(calibration, str | Path) else "given"
-    if method is None and not settings.get("quality"):
-        method = "wanda"
     recipe = Recipe.build(
         {
             "model": str(model) if isinstance(model, str | Path) else "given",

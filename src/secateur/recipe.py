@@ -60,7 +60,7 @@ class Recipe(_Part):
     """One run, from model to report."""
 
     model: str = Field(description="hub id, folder, GGUF file, 'demo' or 'tiny'")
-    method: str = Field("sparsegpt", description="see 'secateur methods'")
+    method: str = Field("wanda", description="see 'secateur methods'")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
     sparsity: float | str = Field(0.5, description="in [0, 1), or N:M: keep N of every M")
     pattern: str | None = Field(None, description="N:M, when sparsity is given as a number too")
