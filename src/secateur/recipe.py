@@ -41,7 +41,11 @@ class Calibration(_Part):
 
     text: str = Field("pydoc", description="file (.txt, .jsonl, .parquet) or named corpus")
     samples: int = Field(64, ge=1, description="sequences (the papers use 128)")
-    length: int = Field(512, ge=2, description="tokens in each (the papers use 2048)")
+    length: int | None = Field(
+        None,
+        ge=2,
+        description="tokens in each (the papers use 2048); null: 512, or the model's positions",
+    )
     seed: int = Field(0, ge=0, description="which windows of the text are drawn")
     batch_tokens: int = Field(2048, ge=1, description="tokens in one forward")
 
@@ -50,7 +54,11 @@ class Evaluation(_Part):
     """What is measured on the dense and on the pruned model."""
 
     text: str = Field("pydoc:test", description="held-out text; never the calibration windows")
-    length: int = Field(512, ge=2, description="tokens in a window; perplexity depends on it")
+    length: int | None = Field(
+        None,
+        ge=2,
+        description="tokens in a window, on which perplexity depends; null: 512, or the positions",
+    )
     windows: int | None = Field(16, ge=1, description="the first so many windows; null: all")
     speed: bool = Field(True, description="measure tokens/s, dense against pruned, on this machine")
     speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
