@@ -123,7 +123,9 @@ class Recipe(_Part):
             quality = data["quality"]
             if quality not in PRESETS:
                 return data  # the field's own message names the choices
-            return {**PRESETS[quality], **{k: v for k, v in data.items() if v is not None}}
+            preset = PRESETS[quality]
+            # null leaves a setting to the preset; elsewhere (evaluation) it means what it says.
+            return preset | {k: v for k, v in data.items() if v is not None or k not in preset}
         return data
 
     @model_validator(mode="after")
