@@ -104,6 +104,7 @@ class Recipe(_Part):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     dtype: str = Field("auto", description="auto: float32 on CPU, the checkpoint's own on a GPU")
     stream: bool = Field(False, description="hold one block's weights at a time")
+    trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
 
     @field_validator("sparsity", mode="after")
     @classmethod
