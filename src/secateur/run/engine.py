@@ -25,7 +25,7 @@ from secateur.methods.prune_matrix import Pruned, prune_matrix
 from secateur.models.anatomy import Block, Matrix, ModelView
 from secateur.run.ranks import Ranks
 from secateur.run.records import module_record
-from secateur.solvers.retarget import retarget
+from secateur.solvers.retarget import dense_map
 
 Gradients = Callable[[int], dict[str, GradientMoments]]
 
@@ -145,6 +145,7 @@ class Engine:
         sums = self.gradients(block.index) if self.gradients is not None else None
         owner = self.ranks.owner(matrices)
         mine: dict[str, tuple[Pruned, dict[str, Any]]] = {}
+        maps: dict[int, Tensor] = {}  # q, k and v share one
         for matrix in matrices:
             if owner[matrix.name] == self.ranks.rank:
                 evidence = Evidence(
@@ -153,13 +154,13 @@ class Engine:
                     None if sums is None else of_matrix(sums, matrix),
                     self.replay.sequences * self.ranks.world if self.replay else 0,
                 )
-                mine[matrix.name] = self._solve(block, matrix, evidence)
+                mine[matrix.name] = self._solve(block, matrix, evidence, maps)
         for matrix in matrices:
             source = owner[matrix.name]
             pruned, record = mine.get(matrix.name, (None, None))
             result.modules.append(self.ranks.spread(source, record))
             mask = torch.empty(matrix.shape, dtype=torch.uint8)
-            weight = torch.empty(matrix.shape)
+            weight = torch.empty(matrix.shape, device=matrix.stored.device)
             if pruned is not None:
                 mask, weight = pruned.mask.cpu().view(torch.uint8), pruned.weight
             mask = self.ranks.spread_tensor(source, mask)
@@ -167,11 +168,11 @@ class Engine:
             result.masks = {**result.masks, matrix.name: mask.view(torch.bool)}
 
     def _solve(
-        self, block: Block, matrix: Matrix, evidence: Evidence
+        self, block: Block, matrix: Matrix, evidence: Evidence, maps: dict[int, Tensor]
     ) -> tuple[Pruned, dict[str, Any]]:
         """Prune one matrix and describe what was done; the model is not touched."""
         start = time.perf_counter()
-        pruned, notes = self._decide(matrix, evidence)
+        pruned, notes = self._decide(matrix, evidence, maps)
         asked = self.plan.cut(matrix.name, self.scope)
         delivered = int(pruned.mask.count_nonzero())
         if delivered != asked.count and not self.method.inexact:
@@ -216,7 +217,9 @@ class Engine:
         gap, norm = self.ranks.sum_scalars(gap, norm)
         return (gap / norm) ** 0.5 if norm else None
 
-    def _decide(self, matrix: Matrix, evidence: Evidence) -> tuple[Pruned, list[str]]:
+    def _decide(
+        self, matrix: Matrix, evidence: Evidence, maps: dict[int, Tensor]
+    ) -> tuple[Pruned, list[str]]:
         weight = matrix.tensor().to(torch.float32)
         if not all_finite(weight):
             raise NumericsError(
@@ -224,7 +227,8 @@ class Engine:
                 fix="repair the checkpoint, or leave the matrix out with --exclude",
             )
         cut = self.plan.cut(matrix.name, self.scope)
-        zeros = weight.numel() - int(weight.count_nonzero())
+        gone = weight == 0
+        zeros = int(gone.count_nonzero())
         if zeros > cut.count + 0.01 * weight.numel():
             raise UsageError(
                 f"'{matrix.name}' is {zeros / weight.numel():.1%} zeros already, more than asked",
@@ -248,8 +252,11 @@ class Engine:
                     f"only {moments.tokens} tokens for {weight.shape[1]} inputs: "
                     "the second moments are rank-deficient and rest on damping"
                 )
-            weight = retarget(weight, moments, name=matrix.name)
-        return prune_matrix(self.method, weight, evidence, cut, self.update), notes
+            if moments.cross is not None and cut.count:
+                if id(moments) not in maps:
+                    maps[id(moments)] = dense_map(moments, name=matrix.name)
+                weight = weight @ maps[id(moments)]
+        return prune_matrix(self.method, weight, evidence, cut, self.update, gone), notes
 
 
 @contextmanager

@@ -39,7 +39,11 @@ class Ranks:
         if world == 1:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+                dist.init_process_group("cpu:gloo,cuda:nccl")  # masks and counts lie on the CPU
+            else:
+                dist.init_process_group("gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -91,9 +95,10 @@ class Ranks:
         dist.all_gather_object(everyone, mine)
         known = {name: pair for part in everyone for name, pair in part.items()}
         gram = any(m.gram is not None for m in inputs.moments.values())
+        device = next((m.diagonal.device for m in inputs.moments.values()), torch.device("cpu"))
         totals: dict[str, InputMoments] = {}
         for leader, features in sorted(set(known.values())):
-            moments = inputs.moments.get(leader) or InputMoments(features, gram=gram)
+            moments = inputs.moments.get(leader) or InputMoments(features, gram=gram, device=device)
             tokens = torch.tensor(moments.tokens)
             dist.all_reduce(tokens)
             moments.tokens = int(tokens)

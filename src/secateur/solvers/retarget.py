@@ -21,13 +21,10 @@ from secateur.errors import NumericsError
 from secateur.evidence.statistics import InputMoments
 
 
-def retarget(
-    weight: Tensor, moments: InputMoments, damping: float = 0.01, name: str = "weight"
-) -> Tensor:
-    """T for a weight (d_out, d_in), float32; the weight itself where nothing was pruned before.
+def dense_map(moments: InputMoments, damping: float = 0.01, name: str = "weight") -> Tensor:
+    """M = (C + l I)(H + l I)^-1 (d_in, d_in), float32, so that T = W M for every W of that input.
 
     Args:
-        weight: (d_out, d_in).
         moments: with ``gram`` and ``cross``.
         damping: l as a share of the mean diagonal of H.
         name: for errors.
@@ -36,7 +33,7 @@ def retarget(
         NumericsError: H cannot be factored even with heavy damping.
     """
     if moments.cross is None:
-        return weight
+        raise ValueError("the dense stream was not gathered")
     h = moments.second_moment().double()
     c = (moments.cross / max(1, moments.tokens)).double()
     eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
@@ -44,9 +41,7 @@ def retarget(
     for _ in range(4):
         factor, failed = torch.linalg.cholesky_ex(h + level * eye)
         if int(failed) == 0 and level > 0:
-            # (C + l I)(H + l I)^-1, shared by all rows.
-            move = torch.cholesky_solve((c + level * eye).T, factor).T
-            return (weight.double() @ move).to(weight.dtype)
+            return torch.cholesky_solve((c + level * eye).T, factor).T.float()
         level = max(level * 10, 1e-8)
     raise NumericsError(
         f"the second moments of '{name}' cannot be factored ({moments.tokens} tokens)",
