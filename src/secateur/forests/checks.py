@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,16 @@ class FeatureCosts:
     def members(self, group: int) -> NDArray[np.intp]:
         """The features a payment for ``group`` delivers."""
         return np.flatnonzero(self.group == group)
+
+
+def check_number(field: str, value: object) -> None:
+    """Refuse what is not a finite number, 0 or more.
+
+    Raises:
+        ForestInputError: naming ``field``.
+    """
+    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise ForestInputError("must be a finite number, 0 or more", field=field, value=value)
 
 
 def feature_costs(

@@ -38,6 +38,32 @@ class FlatTree:
     def __len__(self) -> int:
         return len(self.left)
 
+    @property
+    def inner(self) -> NDArray[np.bool_]:
+        """(n_nodes,) True where the node splits."""
+        return self.left != LEAF
+
+    @property
+    def parent(self) -> NDArray[np.int32]:
+        """(n_nodes,) int32, -1 at the root."""
+        parent = np.full(len(self), -1, dtype=np.int32)
+        inside = np.flatnonzero(self.inner).astype(np.int32)
+        parent[self.left[inside]] = inside
+        parent[self.right[inside]] = inside
+        return parent
+
+    @property
+    def depth(self) -> NDArray[np.int32]:
+        """(n_nodes,) int32, 0 at the root."""
+        depth = np.zeros(len(self), dtype=np.int32)
+        level, at = 0, np.zeros(1, dtype=np.int32)
+        while len(at):
+            depth[at] = level
+            split = at[self.left[at] != LEAF]
+            at = np.concatenate([self.left[split], self.right[split]])
+            level += 1
+        return depth
+
 
 def flatten_tree(tree: Any) -> FlatTree:
     """Copy out of a ``sklearn.tree._tree.Tree``."""
@@ -75,7 +101,7 @@ class FlatForest:
     @property
     def n_internal(self) -> int:
         """Splitting nodes of all trees."""
-        return sum(int((tree.left >= 0).sum()) for tree in self.trees)
+        return sum(int(tree.inner.sum()) for tree in self.trees)
 
     def split(self, per_node: NDArray[Any]) -> Iterator[NDArray[Any]]:
         """An array over all nodes, tree by tree."""

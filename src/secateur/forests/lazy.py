@@ -62,7 +62,7 @@ def predict_lazy(forest: Any, costs: FeatureCosts, fetch: Fetch, n: int) -> Lazy
             )  # fmt: skip
         if not missing.any():
             break
-        for group in np.flatnonzero(missing.any(0)):
+        for group in np.flatnonzero(missing.any(0)).tolist():
             rows = np.flatnonzero(missing[:, group])
             features = costs.members(group)
             x[np.ix_(rows, features)] = _checked(fetch(features, rows), rows, features, costs)

@@ -26,7 +26,8 @@ def expected_feature_cost(
 ) -> float:
     """The mean price of what an example needs, each group paid once."""
     paid = feature_usage(forest, costs, x) @ costs.price
-    return float(np.average(paid, weights=sample_weight))
+    weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    return float(np.average(paid, weights=weight))
 
 
 def mean_distinct_features(forest: Any, costs: FeatureCosts, x: NDArray[np.float32]) -> float:
@@ -38,7 +39,7 @@ def model_cost(forest: Any, costs: FeatureCosts) -> float:
     """The price of every group the forest uses anywhere: what must be at hand for any input."""
     used = np.zeros(len(costs.price), dtype=np.bool_)
     for tree in flatten(forest).trees:
-        used[costs.group[tree.feature[tree.left >= 0]]] = True
+        used[costs.group[tree.feature[tree.inner]]] = True
     return float(costs.price[used].sum())
 
 

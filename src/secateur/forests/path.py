@@ -195,13 +195,13 @@ def grid_path(
     progress: Progress = SILENT,
 ) -> PricePath:
     """The optima at given prices: the middle one first, so that each cut narrows the rest."""
-    prices = np.unique(np.asarray(prices, dtype=np.float64))
+    grid = np.unique(np.asarray(prices, dtype=np.float64))
     cheapest, dearest = ends(problem)
     cut_at = np.where(cheapest, np.inf, 0.0)
     cuts = 0
     inner, nodes = problem.restrict(dearest, cheapest)
 
-    with progress.stage("price grid", total=len(prices), unit="prices") as advance:
+    with progress.stage("price grid", total=len(grid), unit="prices") as advance:
 
         def between(part: ClosureProblem, nodes: NDArray[np.intp], low: int, high: int) -> None:
             """Nodes kept below price ``low`` and cut from price ``high`` on."""
@@ -209,11 +209,11 @@ def grid_path(
             if part.n_nodes == 0 or low == high:
                 advance(high - low)
                 # Nodes that outlast the grid count as kept for good; nobody asked beyond it.
-                cut_at[nodes] = prices[high] if high < len(prices) else np.inf
+                cut_at[nodes] = grid[high] if high < len(grid) else np.inf
                 return
             middle = (low + high) // 2
             part = merge_keys(fold_private_keys(part))
-            kept = solve(part, prices[middle], solver).kept
+            kept = solve(part, grid[middle], solver).kept
             cuts += 1
             advance(1)
             every = np.ones_like(kept)
@@ -222,7 +222,7 @@ def grid_path(
             go, inside = part.restrict(every, kept)
             between(go, nodes[inside], low, middle)
 
-        between(inner, nodes, 0, len(prices))
+        between(inner, nodes, 0, len(grid))
     base = problem.measure(np.isinf(cut_at))
     levels = np.unique(cut_at[(cut_at > 0) & np.isfinite(cut_at)])[::-1]
     points = [base, *_measure_levels(problem, cut_at, levels)]
@@ -285,7 +285,7 @@ def _measure_levels(
     def at_least(level: NDArray[np.float64], amount: NDArray[np.float64]) -> NDArray[np.float64]:
         slot = np.searchsorted(rising, level, side="right")
         sums = np.bincount(slot, weights=amount, minlength=len(rising) + 1)
-        return np.cumsum(sums[::-1])[:-1]
+        return np.cumsum(sums[::-1])[:-1].astype(np.float64)
 
     gain = at_least(cut_at, problem.gain)
     cost = at_least(cut_at, problem.toll) + at_least(paid_from, problem.charge)

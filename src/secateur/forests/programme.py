@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from secateur.forests.checks import FeatureCosts, ForestInputError
 from secateur.forests.closure import ClosureProblem
-from secateur.forests.flat import LEAF, FlatForest, FlatTree
+from secateur.forests.flat import FlatForest, FlatTree
 from secateur.forests.losses import node_losses
 from secateur.forests.reduction import reduce_problem
 from secateur.forests.routing import check_key_space, first_uses, over_trees
@@ -151,10 +151,10 @@ def _internal_nodes(
     """Parents, trees, gains and numbers of the internal nodes of all trees."""
     parents, trees, gains, internals, before = [], [], [], [], 0
     for t, (tree, loss) in enumerate(zip(forest.trees, losses, strict=True)):
-        inside = np.flatnonzero(tree.left != LEAF)
+        inside = np.flatnonzero(tree.inner)
         number = np.full(len(tree) + 1, -1, dtype=np.int64)
         number[inside] = np.arange(len(inside)) + before
-        above = parents_of(tree)[inside]
+        above = tree.parent[inside]
         parents.append(np.where(above >= 0, number[above], -1))
         gain = loss[inside] - loss[tree.left[inside]] - loss[tree.right[inside]]
         gain[np.abs(gain) <= 1e-12 * max(1.0, abs(loss[0]))] = 0.0
@@ -170,15 +170,6 @@ def _internal_nodes(
     )
 
 
-def parents_of(tree: FlatTree) -> NDArray[np.int32]:
-    """(n_nodes,) int32, -1 at the root."""
-    parent = np.full(len(tree), -1, dtype=np.int32)
-    inside = np.flatnonzero(tree.left != LEAF).astype(np.int32)
-    parent[tree.left[inside]] = inside
-    parent[tree.right[inside]] = inside
-    return parent
-
-
 def _gather(
     forest: FlatForest,
     parent: NDArray[np.int32],
@@ -188,9 +179,7 @@ def _gather(
     charge: NDArray[np.float64],
 ) -> ClosureProblem:
     """First-use lists of all trees in one, without keys that cost nothing."""
-    counts = [
-        np.diff(ptr)[tree.left != LEAF] for tree, (ptr, _) in zip(forest.trees, parts, strict=True)
-    ]
+    counts = [np.diff(ptr)[tree.inner] for tree, (ptr, _) in zip(forest.trees, parts, strict=True)]
     ptr = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
     key = np.concatenate([part for _, part in parts])
     problem = ClosureProblem(parent, tree, gain, np.zeros(len(gain)), ptr, key, charge)
@@ -204,7 +193,7 @@ def _first_in_tree(
     tree: FlatTree, t: int, group: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """First-use lists for ``cost_scope="model"``: a node pays unless an ancestor asks already."""
-    asks = _asks_first(parents_of(tree), tree.left, np.where(tree.left < 0, 0, tree.feature), group)
+    asks = _asks_first(tree.parent, tree.left, np.where(tree.inner, tree.feature, 0), group)
     ptr = np.concatenate([[0], np.cumsum(asks >= 0)]).astype(np.int64)
     return ptr, asks[asks >= 0].astype(np.int32)
 

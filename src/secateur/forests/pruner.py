@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -12,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import is_classifier
 from sklearn.utils.validation import check_is_fitted
 
-from secateur.forests.checks import ForestInputError
+from secateur.forests.checks import ForestInputError, check_number
 from secateur.forests.data_roles import Examples, error_examples
 from secateur.forests.estimator import BudgetedForest
 from secateur.forests.flat import flatten
@@ -21,7 +19,7 @@ from secateur.forests.path import PricePath, bracket, full_path, grid_path
 from secateur.forests.programme import Programme, build_programme
 from secateur.forests.rebuild import rebuild_forest
 from secateur.forests.solvers import resolve_solver, solve
-from secateur.forests.solvers.solve import PrimalDualOptions
+from secateur.forests.solvers.interface import PrimalDualOptions
 from secateur.progress import SILENT, Progress
 
 
@@ -193,7 +191,7 @@ class BudgetPruner(BudgetedForest):
     def set_lambda(self, lam: float, *, progress: Progress = SILENT) -> Self:
         """Prune for another lambda; nothing is routed or grown again."""
         programme = self._stated()
-        _check_number("lam", lam)
+        check_number("lam", lam)
         options = PrimalDualOptions(self.max_iter, self.step_m, self.tol)
         cut = solve(programme.reduced, programme.price(lam), self.solver, options, progress)
         self._adopt(lam, programme.lift(cut.kept))
@@ -207,7 +205,7 @@ class BudgetPruner(BudgetedForest):
     def select(self, budget: float, *, progress: Progress = SILENT) -> Self:
         """Prune to the most accurate hull point whose cost is within ``budget``."""
         programme = self._stated()
-        _check_number("budget", budget)
+        check_number("budget", budget)
         raw, index = bracket(
             programme.reduced, budget, solver=self._exact_solver("budget"), progress=progress
         )
@@ -237,7 +235,7 @@ class BudgetPruner(BudgetedForest):
         programme, solver = self._stated(), self._exact_solver("prune_path")
         if lams is not None:
             for lam in np.atleast_1d(np.asarray(lams, dtype=np.float64)):
-                _check_number("lams", float(lam))
+                check_number("lams", float(lam))
             prices = [programme.price(lam) for lam in np.atleast_1d(lams)]
             raw = grid_path(programme.reduced, prices, solver=solver, progress=progress)
         else:
@@ -320,7 +318,10 @@ class BudgetPruner(BudgetedForest):
                 value=self.lam,
                 fix="lam= for a fixed trade-off, budget= for a mean cost per example",
             )
-        _check_number("lam" if self.budget is None else "budget", self.lam, self.budget)
+        if self.budget is None:
+            check_number("lam", self.lam)
+        else:
+            check_number("budget", self.budget)
         if self.cost_scope not in ("example", "model"):
             raise ForestInputError(
                 "unknown", field="cost_scope", value=self.cost_scope, fix="'example' or 'model'"
@@ -333,11 +334,3 @@ class BudgetPruner(BudgetedForest):
         state = super().__getstate__()
         # The problem may hold gigabytes and is only needed to prune again.
         return {k: v for k, v in state.items() if k not in ("_programme", "_flat")}
-
-
-def _check_number(field: str, *values: object) -> None:
-    for value in values:
-        if value is None:
-            continue
-        if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-            raise ForestInputError("must be a finite number, 0 or more", field=field, value=value)

@@ -88,7 +88,7 @@ def _mark_used(
             h = left[h] if go else right[h]
 
 
-def _splits(tree: FlatTree) -> tuple[NDArray[Any], ...]:
+def _splits(tree: FlatTree) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
     return tree.left, tree.right, tree.feature, tree.threshold, tree.missing_left
 
 

@@ -32,7 +32,7 @@ def minimum_cut(network: IntegerNetwork) -> tuple[NDArray[np.bool_], int, int]:
     arcs(node[drained], np.full(drained.sum(), sink), network.drain[drained])
     arcs(child, problem.parent[child], np.full(len(child), network.unlimited))
     user = np.repeat(node, np.diff(problem.ptr))
-    arcs(user, n + problem.key, np.full(len(user), network.unlimited))
+    arcs(user, n + problem.key, network.toll[problem.key])
     arcs(n + np.arange(m), np.full(m, sink), network.toll)
     if not fed.any():
         return np.zeros(n, dtype=np.bool_), 0, 1

@@ -8,7 +8,7 @@ from scipy.sparse import coo_array
 
 from secateur.errors import SecateurError
 from secateur.forests.closure import ClosureProblem
-from secateur.forests.solvers.solve import Cut
+from secateur.forests.solvers.interface import Cut
 
 INTEGRALITY = 1e-6
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from secateur.errors import NumericsError
 from secateur.forests.closure import ClosureProblem, keys_of
-from secateur.forests.solvers.solve import Cut
+from secateur.forests.solvers.interface import Cut
 
 BITS = 46
 """Capacities are rounded to ``2**-BITS`` of the total gain: below what float64 sums resolve,
@@ -67,7 +67,7 @@ def integer_network(problem: ClosureProblem, price: float) -> IntegerNetwork:
         )
     supply = np.maximum(net, 0)
     total = float(supply.sum())
-    exponent = BITS - int(np.ceil(np.log2(total))) if total > 0 else 0
+    exponent = BITS - int(np.ceil(np.log2(total))) if total > 0 else BITS
     scale = 2.0**exponent
 
     def whole(x: NDArray[np.float64]) -> NDArray[np.int64]:

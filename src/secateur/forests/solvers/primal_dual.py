@@ -10,6 +10,7 @@ result always comes with a certified gap. Trees meet only in the sums over keys.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from secateur.forests.closure import ClosureProblem
-from secateur.forests.solvers.solve import Cut, PrimalDualOptions
+from secateur.forests.solvers.interface import Cut, PrimalDualOptions
 from secateur.progress import SILENT, Progress
 
 PARALLEL_FROM = 500_000
@@ -34,10 +35,57 @@ def tree_chunks(problem: ClosureProblem, parts: int) -> NDArray[np.int64]:
     return edges[np.searchsorted(work, wanted).clip(0, len(edges) - 1)].astype(np.int64)
 
 
-def _parts(problem: ClosureProblem) -> int:
-    """Threads worth starting."""
-    threads = cpu_count() if len(problem.key) >= PARALLEL_FROM else 1
-    return min(threads, len(np.unique(problem.tree)))
+class _Relaxation:
+    """The relaxed problem at multipliers ``beta``, its trees shared out over threads."""
+
+    def __init__(self, problem: ClosureProblem, price: float, pool: ThreadPoolExecutor) -> None:
+        self.problem = problem
+        self.net = problem.net(price)
+        self.charge = price * problem.charge
+        self.pool = pool
+        threads = cpu_count() if len(problem.key) >= PARALLEL_FROM else 1
+        bounds = tree_chunks(problem, min(threads, len(np.unique(problem.tree)))).tolist()
+        self.chunks = list(pairwise(bounds))
+        parts, keys = len(self.chunks), problem.n_keys
+        self.beta = np.zeros(len(problem.key), dtype=np.float32)
+        self.value = np.empty(problem.n_nodes)
+        self.kept = np.zeros(problem.n_nodes, dtype=np.bool_)
+        self.asked = np.zeros((parts, keys), dtype=np.bool_)
+        self.offered = np.zeros((parts, keys))
+        self.bought = np.zeros(keys, dtype=np.bool_)
+
+    def _each_chunk(self, kernel: Any, per_chunk: list[tuple[Any, ...]]) -> float:
+        """Run a kernel on every chunk of trees at once; the sum of what it returns."""
+        first = (self.problem.ptr, self.problem.key)
+        work = [(*first, *c, *rest) for c, rest in zip(self.chunks, per_chunk, strict=True)]
+        return float(sum(self.pool.map(lambda arguments: kernel(*arguments), work)))
+
+    def prune(self) -> tuple[float, float]:
+        """Prune every tree at the present multipliers: the profit achieved, and the bound."""
+        problem = self.problem
+        each = (problem.parent, self.net, self.beta, self.value, self.kept)
+        relaxed = self._each_chunk(
+            _prune_trees,
+            [
+                (*each, asked, offered)
+                for asked, offered in zip(self.asked, self.offered, strict=True)
+            ],
+        )
+        paid = self.asked.any(0)
+        spare = self.charge - self.offered.sum(0)
+        # A key whose offers exceed its price is bought in the relaxed problem.
+        self.bought = spare < 0
+        profit = float(self.net[self.kept].sum()) - float(self.charge[paid].sum())
+        return profit, relaxed - float(spare[self.bought].sum())
+
+    def disagreement(self) -> float:
+        """First uses on which a tree and the forest differ: the squared sub-gradient."""
+        return self._each_chunk(_disagreement, [(self.kept, self.bought)] * len(self.chunks))
+
+    def step(self, length: float) -> None:
+        """Move the multipliers along the sub-gradient."""
+        each = (self.kept, self.bought, np.float32(length), self.beta)
+        self._each_chunk(_update, [each] * len(self.chunks))
 
 
 def solve_primal_dual(
@@ -48,68 +96,29 @@ def solve_primal_dual(
 ) -> Cut:
     """Sub-gradient ascent on the dual; the best pruning seen and the best bound are returned.
 
-    Stops after ``max_iter`` rounds or when the relative gap is at most ``tol``.
+    Stops after ``max_iter`` rounds or when the gap is at most ``tol`` of the bound.
     """
     options = options or PrimalDualOptions()
-    net = problem.net(price)
-    charge = price * problem.charge
-    bounds = tree_chunks(problem, _parts(problem))
-    parts = len(bounds) - 1
-    beta = np.zeros(len(problem.key), dtype=np.float32)
-    kept = np.zeros(problem.n_nodes, dtype=np.bool_)
-    best_kept, best_profit, best_bound = kept.copy(), 0.0, np.inf
-    value = np.empty(problem.n_nodes)
-    asked = np.zeros((parts, problem.n_keys), dtype=np.bool_)
-    offered = np.zeros((parts, problem.n_keys))
+    best_kept = np.zeros(problem.n_nodes, dtype=np.bool_)
+    best_profit, best_bound = 0.0, np.inf
     history: list[tuple[float, float]] = []
     with (
-        ThreadPoolExecutor(parts) as pool,
+        ThreadPoolExecutor(cpu_count()) as pool,
         progress.stage("primal-dual", total=options.max_iter, unit="rounds") as advance,
     ):
+        relaxation = _Relaxation(problem, price, pool)
         for iteration in range(1, options.max_iter + 1):
-            relaxed = sum(
-                pool.map(
-                    lambda p: _prune_trees(
-                        problem.ptr, problem.key, bounds[p], bounds[p + 1],
-                        problem.parent, net, beta, value, kept, asked[p], offered[p],
-                    ),
-                    range(parts),
-                )
-            )  # fmt: skip
-            paid = asked.any(0)
-            spare = charge - offered.sum(0)
-            # A key whose offers exceed its price is bought in the relaxed problem.
-            bought = spare < 0
-            bound = relaxed - float(spare[bought].sum())
-            profit = float(net[kept].sum()) - float(charge[paid].sum())
+            profit, bound = relaxation.prune()
             if profit > best_profit:
-                best_profit, best_kept = profit, kept.copy()
+                best_profit, best_kept = profit, relaxation.kept.copy()
             best_bound = min(best_bound, bound)
             history.append((best_profit, best_bound))
             advance(1)
-            if best_bound - best_profit <= options.tol * abs(best_bound):
-                break
-            disagreement = sum(
-                pool.map(
-                    lambda p: _disagreement(
-                        problem.ptr, problem.key, bounds[p], bounds[p + 1], kept, bought
-                    ),
-                    range(parts),
-                )
-            )
-            if disagreement == 0:
+            disagreement = relaxation.disagreement()
+            if best_bound - best_profit <= options.tol * abs(best_bound) or disagreement == 0:
                 break
             m = options.step_m
-            step = np.float32((1 + m) / (iteration + m) * (bound - best_profit) / disagreement)
-            list(
-                pool.map(
-                    lambda p: _update(
-                        problem.ptr, problem.key, bounds[p], bounds[p + 1],
-                        kept, bought, step, beta,
-                    ),
-                    range(parts),
-                )
-            )  # fmt: skip
+            relaxation.step((1 + m) / (iteration + m) * (bound - best_profit) / disagreement)
     return Cut(best_kept, best_profit, best_bound, len(history), "primal_dual", np.array(history))
 
 
@@ -155,7 +164,7 @@ def _disagreement(ptr: Any, key: Any, start: int, stop: int, kept: Any, bought: 
 @njit(nogil=True, cache=True)
 def _update(
     ptr: Any, key: Any, start: int, stop: int, kept: Any, bought: Any, step: Any, beta: Any
-) -> None:
+) -> int:
     """Offer more where a tree uses what the forest did not buy, less where it is the reverse."""
     for h in range(start, stop):
         for e in range(ptr[h], ptr[h + 1]):
@@ -163,3 +172,4 @@ def _update(
                 beta[e] += step
             elif not kept[h] and bought[key[e]]:
                 beta[e] = max(np.float32(0.0), beta[e] - step)
+    return stop - start

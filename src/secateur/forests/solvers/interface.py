@@ -1,4 +1,4 @@
-"""One interface over the solvers."""
+"""What all solvers take and give; the choice between them."""
 
 from __future__ import annotations
 
@@ -103,8 +103,9 @@ def solve(
 def _solve_core(
     core: ClosureProblem, price: float, solver: str, options: PrimalDualOptions, progress: Progress
 ) -> Cut:
-    if core.n_nodes == 0:
-        return Cut(np.zeros(0, dtype=np.bool_), 0.0, 0.0, 0, solver)
+    if core.n_keys == 0:
+        kept, value = best_closure(core.parent, core.net(price))
+        return Cut(kept, value, value, 0, solver)
     if solver == "lp":
         from secateur.forests.solvers.lp import solve_lp
 
