@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 from sklearn.tree._tree import Tree
 
@@ -23,26 +24,10 @@ def rebuild_tree(tree: Any, kept: NDArray[np.bool_]) -> Tree:
     """
     state = tree.__getstate__()
     nodes, values = state["nodes"], state["values"]
-    order: list[int] = []
-    children: list[tuple[int, int]] = []
-    depth = 0
-    # (old node, its depth, its parent's new number, whether it is a left child)
-    stack: list[tuple[int, int, int, bool]] = [(0, 0, -1, True)]
-    while stack:
-        h, level, parent, is_left = stack.pop()
-        number = len(order)
-        order.append(h)
-        children.append((-1, -1))
-        depth = max(depth, level)
-        if parent >= 0:
-            left, right = children[parent]
-            children[parent] = (number, right) if is_left else (left, number)
-        if kept[h] and nodes["left_child"][h] >= 0:
-            stack.append((int(nodes["right_child"][h]), level + 1, number, False))
-            stack.append((int(nodes["left_child"][h]), level + 1, number, True))
+    order, left, right, depth = _preorder(nodes["left_child"], nodes["right_child"], kept)
     new = nodes[order].copy()
-    new["left_child"], new["right_child"] = np.array(children, dtype=np.int64).T
-    leaf = new["left_child"] < 0
+    new["left_child"], new["right_child"] = left, right
+    leaf = left < 0
     new["feature"][leaf] = -2
     new["threshold"][leaf] = -2.0
     new["missing_go_to_left"][leaf] = 0
@@ -58,6 +43,36 @@ def rebuild_tree(tree: Any, kept: NDArray[np.bool_]) -> Tree:
         }
     )
     return rebuilt
+
+
+@njit(nogil=True, cache=True)
+def _preorder(left: Any, right: Any, kept: Any) -> Any:
+    """Old numbers in new order, the new children, and the depth of the pruned tree."""
+    n = len(left)
+    order = np.empty(n, np.int64)
+    new_left = np.full(n, -1, np.int64)
+    new_right = np.full(n, -1, np.int64)
+    # The right child waits on the stack, with its parent's new number, while the left is walked.
+    waiting = np.empty((n + 1, 3), np.int64)
+    waiting[0] = np.array([0, 0, -1])
+    size, count, deepest = 1, 0, 0
+    while size > 0:
+        size -= 1
+        h, level, parent = waiting[size]
+        if parent >= 0:
+            new_right[parent] = count
+        while True:
+            order[count] = h
+            deepest = max(deepest, level)
+            number = count
+            count += 1
+            if left[h] < 0 or not kept[h]:
+                break
+            new_left[number] = count
+            waiting[size, 0], waiting[size, 1], waiting[size, 2] = right[h], level + 1, number
+            size += 1
+            h, level = left[h], level + 1
+    return order[:count], new_left[:count], new_right[:count], deepest
 
 
 def rebuild_forest(
