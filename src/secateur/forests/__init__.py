@@ -3,7 +3,30 @@
 >>> from secateur.forests import BudgetPruner
 """
 
+from secateur.forests.baselines import (
+    CostComplexityPruner,
+    DepthLimitPruner,
+    GreedyPruner,
+    Unpruned,
+)
+from secateur.forests.budgetrf import BudgetRF
 from secateur.forests.checks import FeatureCosts, ForestInputError
+from secateur.forests.lazy import LazyPrediction
 from secateur.forests.pruner import BudgetPruner, PathPoint, PrunePath
+from secateur.forests.store import load_forest, save_forest
 
-__all__ = ["BudgetPruner", "FeatureCosts", "ForestInputError", "PathPoint", "PrunePath"]
+__all__ = [
+    "BudgetPruner",
+    "BudgetRF",
+    "CostComplexityPruner",
+    "DepthLimitPruner",
+    "FeatureCosts",
+    "ForestInputError",
+    "GreedyPruner",
+    "LazyPrediction",
+    "PathPoint",
+    "PrunePath",
+    "Unpruned",
+    "load_forest",
+    "save_forest",
+]
