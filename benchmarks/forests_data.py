@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import load_breast_cancer, load_digits
 
-KEEL = ("magic", "satimage", "spambase", "segment", "texture", "ring", "optdigits", "penbased")
+KEEL = ("spambase", "segment", "satimage", "magic")
 BUILT_IN = {"breast_cancer": load_breast_cancer, "digits": load_digits}
-MOST_ROWS = 8000
+MOST_ROWS = 4000
 
 
 def load(name: str) -> tuple[NDArray[np.float32], NDArray]:

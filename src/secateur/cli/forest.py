@@ -43,6 +43,9 @@ def prune(
         float | None, typer.Option(help="most that an average example may pay")
     ] = None,
     lam: Annotated[float | None, typer.Option(help="price of a cost unit, in error")] = None,
+    fill: Annotated[
+        str | None, typer.Option(help="between optimal prunings: hull (stop) or greedy")
+    ] = None,
     task: Task = None,
     kind: Kind = None,
     trees: Trees = None,
@@ -72,7 +75,8 @@ def prune(
     from secateur.forests.workflow import run_prune
 
     asked = _recipe(
-        recipe, points, data=data, target=target, costs=costs, budget=budget, lam=lam, task=task,
+        recipe, points, data=data, target=target, costs=costs, budget=budget, lam=lam,
+        fill=fill, task=task,
         kind=kind, trees=trees, error_source=error_source, node_loss=node_loss,
         cost_scope=cost_scope, solver=solver, seed=seed, jobs=jobs,
     )  # fmt: skip

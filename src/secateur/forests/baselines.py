@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import is_classifier
 
 from secateur.forests.checks import ForestInputError, check_number
-from secateur.forests.closure import ClosureProblem, best_closure
+from secateur.forests.closure import best_closure
 from secateur.forests.data_roles import Examples, error_examples
 from secateur.forests.estimator import BudgetedForest
 from secateur.forests.flat import FlatForest, FlatTree, flatten
+from secateur.forests.greedy import greedy_chain, group_of_splits
 from secateur.forests.losses import resolve_loss
 from secateur.forests.metrics import expected_feature_cost
 from secateur.forests.programme import build_programme
@@ -219,44 +219,14 @@ class GreedyPruner(CandidatePruner):
         programme = build_programme(
             flat, errors, self.costs_, validation.dense(), validation.weight, n_jobs=self.n_jobs
         )
-        problem = programme.full
-        features = np.concatenate([tree.feature[tree.inner] for tree in flat.trees])
-        group = self.costs_.group[features]
-        kept = np.ones(problem.n_nodes, dtype=np.bool_)
+        group = group_of_splits(flat, self.costs_)
+        every = np.ones(programme.full.n_nodes, dtype=np.bool_)
         yield 0.0, forest
         with progress.stage("greedy", total=len(np.unique(group)), unit="groups") as advance:
-            for removed in range(1, len(np.unique(group)) + 1):
-                kept = self._remove_one(problem, group, kept)
+            for removed, kept in enumerate(greedy_chain(programme.full, group, every), 1):
                 advance(1)
-                yield (
-                    float(removed),
-                    rebuild_forest(forest, flat, programme.over_all_nodes(kept)),
-                )
-                if not kept.any():
-                    break
-
-    def _remove_one(
-        self, problem: ClosureProblem, group: NDArray[np.int32], kept: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
-        gain, cost = problem.measure(kept)
-        best, best_ratio = kept, np.inf
-        for k in np.unique(group[kept]):
-            without = _without_group(problem.parent, group, kept, k)
-            less_gain, less_cost = problem.measure(without)
-            saved = cost - less_cost
-            # Groups that save nothing come last, unless removing them also helps.
-            ratio = (gain - less_gain) / max(saved, 1e-12)
-            if ratio < best_ratio:
-                best, best_ratio = without, ratio
-        return best
-
-
-@njit(nogil=True, cache=True)
-def _without_group(parent: Any, group: Any, kept: Any, k: int) -> Any:
-    out = np.zeros_like(kept)
-    for h in range(len(kept)):
-        out[h] = kept[h] and group[h] != k and (parent[h] < 0 or out[parent[h]])
-    return out
+                everywhere = programme.over_all_nodes(kept)
+                yield float(removed), rebuild_forest(forest, flat, everywhere)
 
 
 def _score(forest: Any, examples: Examples) -> float:

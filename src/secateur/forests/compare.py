@@ -95,7 +95,7 @@ class Comparison:
 Candidates = Callable[[Split], list[tuple[float, Any]]]
 
 
-def _budget_prune(source: str, loss: str) -> Candidates:
+def _budget_prune(source: str, loss: str, *, filled: bool = False) -> Candidates:
     def candidates(split: Split) -> list[tuple[float, Any]]:
         pruner = BudgetPruner(
             split.forest,
@@ -108,7 +108,10 @@ def _budget_prune(source: str, loss: str) -> Candidates:
         pruner.fit(split.x_train, split.y_train, X_val=split.x_val, y_val=split.y_val)
         path = pruner.prune_path(points=PATH_POINTS)
         lams = [point.lam for point in path.points]
-        return [(lam, pruner.forest_at(path, i)) for i, lam in enumerate(lams)]
+        found = [(lam, pruner.forest_at(path, i)) for i, lam in enumerate(lams)]
+        if filled:
+            found += [(float("nan"), forest) for forest in pruner.filled_path(path)]
+        return found
 
     return candidates
 
@@ -126,6 +129,7 @@ METHODS: Registry[Candidates] = Registry(
     "forest method",
     {
         "budgetprune": _budget_prune("validation", "auto"),
+        "budgetprune-filled": _budget_prune("validation", "auto", filled=True),
         "budgetprune-gini": _budget_prune("validation", "gini"),
         "budgetprune-train": _budget_prune("train", "auto"),
         "greedy": _baseline(GreedyPruner),

@@ -21,7 +21,7 @@ from secateur.forests.routing import used_groups
 if TYPE_CHECKING:
     from secateur.forests.compare import Split
 
-TRADEOFFS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+TRADEOFFS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class LightGBMModel:
@@ -70,7 +70,7 @@ def lightgbm_candidates(split: Split) -> list[tuple[float, Any]]:
                 "cegb_penalty_feature_lazy": (relative / 10).tolist(),
             }
         model = kind(
-            n_estimators=100,
+            n_estimators=len(split.forest.estimators_),
             learning_rate=0.1,
             random_state=split.seed,
             n_jobs=1,

@@ -14,6 +14,7 @@ from secateur.forests.checks import ForestInputError, check_number
 from secateur.forests.data_roles import Examples, error_examples
 from secateur.forests.estimator import BudgetedForest
 from secateur.forests.flat import flatten
+from secateur.forests.greedy import greedy_chain, group_of_splits
 from secateur.forests.losses import resolve_loss
 from secateur.forests.path import PricePath, bracket, full_path, grid_path
 from secateur.forests.programme import Programme, build_programme
@@ -85,6 +86,10 @@ class BudgetPruner(BudgetedForest):
         budget: the most that an average cost example may pay. Only prunings on the convex hull
             of (cost, error) are optimal for some lambda; the most accurate of those within the
             budget is taken and ``neighbours_`` holds it and the next one above.
+        fill: ``hull`` stops there. ``greedy`` looks between the two: from the one above, whole
+            feature groups go, cheapest loss first, until the budget holds; the result is taken
+            if it errs less. ``gap_`` then says how far below its error any pruning of that
+            cost could be.
         error_source: ``validation``, ``train`` (each tree's bag), ``oob`` or ``both``.
         node_loss: ``error``, ``gini``, ``brier``, ``log`` or ``squared``; ``auto`` is ``error`` or,
             for regression, ``squared``.
@@ -124,6 +129,7 @@ class BudgetPruner(BudgetedForest):
         feature_groups: Any = None,
         lam: float | None = None,
         budget: float | None = None,
+        fill: str = "hull",
         error_source: str = "validation",
         node_loss: str = "auto",
         cost_scope: str = "example",
@@ -142,6 +148,7 @@ class BudgetPruner(BudgetedForest):
         self.feature_groups = feature_groups
         self.lam = lam
         self.budget = budget
+        self.fill = fill
         self.error_source = error_source
         self.node_loss = node_loss
         self.cost_scope = cost_scope
@@ -210,14 +217,30 @@ class BudgetPruner(BudgetedForest):
             programme.reduced, budget, solver=self._exact_solver("budget"), progress=progress
         )
         path = self._in_user_units(raw)
+        within = path.points[index]
         above = path.points[index + 1] if index + 1 < len(path) else None
-        self.neighbours_ = (path.points[index], above)
-        lam = above.lam if above else 0.0
-        self._adopt(lam, programme.lift(raw.kept_at_point(index)))
+        self.neighbours_ = (within, above)
+        self._adopt(above.lam if above else 0.0, programme.lift(raw.kept_at_point(index)))
         self.dual_bound_, self.gap_ = self.objective_, 0.0
         self.n_iter_ = max(1, raw.cuts)
         self.solver_ = resolve_solver(self.solver)
+        if self.fill == "greedy" and above is not None:
+            self._fill(budget, raw.kept_at_point(index + 1))
         return self
+
+    def _fill(self, budget: float, kept: NDArray[np.bool_]) -> None:
+        """Adopt the first pruning within the budget on the greedy way down, if it errs less."""
+        programme = self._stated()
+        group = group_of_splits(self._flat, self.costs_)[programme.nodes]
+        for smaller in greedy_chain(programme.reduced, group, kept):
+            error, cost = programme.measure(programme.lift(smaller))
+            if cost > budget:
+                continue
+            if error < self.error_:
+                # At this lambda the two neighbours tie, and nothing is below their line.
+                self._adopt(self.lam_, programme.lift(smaller))
+                self.gap_ = max(0.0, self.objective_ - self.dual_bound_)
+            return
 
     def prune_path(
         self,
@@ -242,6 +265,29 @@ class BudgetPruner(BudgetedForest):
             raw = full_path(programme.reduced, points=points, solver=solver, progress=progress)
         self.path_ = self._in_user_units(raw)
         return self.path_
+
+    def filled_path(self, path: PrunePath, *, least_step: float = 0.02) -> list[Any]:
+        """Forests between a path's points, where they lie far apart: greedy ways down.
+
+        Args:
+            least_step: only gaps of more than this share of the largest cost are filled.
+        """
+        programme = self._stated()
+        group = group_of_splits(self._flat, self.costs_)[programme.nodes]
+        forests = []
+        for point in range(1, len(path)):
+            low, high = path.cost[point - 1], path.cost[point]
+            if high - low <= least_step * path.cost[-1]:
+                continue
+            last = high
+            for kept in greedy_chain(programme.reduced, group, path.raw.kept_at_point(point)):
+                _, cost = programme.measure(programme.lift(kept))
+                if cost <= low:
+                    break
+                if last - cost > 0.5 * least_step * path.cost[-1]:
+                    forests.append(self._rebuild(programme.lift(kept)))
+                    last = cost
+        return forests
 
     def forest_at(self, path: PrunePath, point: int) -> Any:
         """The rebuilt forest of one of a path's points."""
@@ -322,6 +368,8 @@ class BudgetPruner(BudgetedForest):
             check_number("lam", self.lam)
         else:
             check_number("budget", self.budget)
+        if self.fill not in ("hull", "greedy"):
+            raise ForestInputError("unknown", field="fill", value=self.fill, fix="hull or greedy")
         if self.cost_scope not in ("example", "model"):
             raise ForestInputError(
                 "unknown", field="cost_scope", value=self.cost_scope, fix="'example' or 'model'"

@@ -22,6 +22,7 @@ class ForestRecipe(BaseModel):
     costs: Path | None = None
     budget: float | None = Field(None, ge=0)
     lam: float | None = Field(None, ge=0)
+    fill: Literal["hull", "greedy"] = "hull"
     kind: Literal["random-forest", "extra-trees"] = "random-forest"
     trees: int = Field(100, ge=1)
     error_source: Literal["validation", "oob", "train", "both"] = "validation"

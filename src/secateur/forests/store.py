@@ -36,7 +36,7 @@ def save_forest(forest: Any, path: Path | str) -> None:
     check_forest(forest)
     states = [estimator.tree_.__getstate__() for estimator in forest.estimators_]
     nodes = np.concatenate([state["nodes"] for state in states])
-    arrays = {name: nodes[name] for name in nodes.dtype.names or ()}
+    arrays: dict[str, Any] = {name: nodes[name] for name in nodes.dtype.names or ()}
     arrays["values"] = np.concatenate([state["values"] for state in states])
     arrays["node_count"] = np.array([state["node_count"] for state in states])
     arrays["max_depth"] = np.array([state["max_depth"] for state in states])

@@ -153,7 +153,7 @@ def read_costs(path: Path | None, names: list[str]) -> tuple[dict[str, float] | 
 
 
 def _price(name: str, entry: Any) -> float:
-    value = entry.get("cost") if isinstance(entry, dict) else entry
+    value: Any = entry.get("cost") if isinstance(entry, dict) else entry
     try:
         return float(value)
     except (TypeError, ValueError):

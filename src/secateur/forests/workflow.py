@@ -28,7 +28,7 @@ from secateur.forests.store import save_forest
 from secateur.forests.tables import Table, read_costs, read_table
 from secateur.progress import SILENT, Progress
 
-DEFAULT_METHODS = ("budgetprune", "budgetprune-train", "greedy", "ccp", "depth")
+DEFAULT_METHODS = ("budgetprune", "budgetprune-filled", "greedy", "ccp", "depth")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ def _grow_and_prune(
         feature_groups=groups,
         lam=recipe.lam,
         budget=recipe.budget,
+        fill=recipe.fill,
         error_source=recipe.error_source,
         node_loss=recipe.node_loss,
         cost_scope=recipe.cost_scope,
