@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier
+from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils import get_tags
 from sklearn.utils.metaestimators import available_if
@@ -135,15 +136,17 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         """The fitted forest, the examples it was trained on, and the validation examples."""
         if (X_val is None) != (y_val is None):
             raise ForestInputError("X_val and y_val go together", field="X_val")
-        if not isinstance(self.estimator, FORESTS):
-            check_forest(self.estimator)
+        frozen = isinstance(self.estimator, FrozenEstimator)
+        inner = self.estimator.estimator if frozen else self.estimator
+        if not isinstance(inner, FORESTS):
+            check_forest(inner)
         given = self._examples(X, y, sample_weight, reset=True)
         validation = None
         if X_val is not None:
             validation = self._examples(X_val, y_val, None, reset=False)  # type: ignore[arg-type]
         train: Examples | None = given
-        if prefit:
-            forest = self.estimator
+        if prefit or frozen:
+            forest = inner
             check_forest(forest)
             if forest.n_features_in_ != self.n_features_in_:
                 raise ForestInputError(
@@ -157,7 +160,7 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
             if validation is None and wants_validation:
                 train, validation = hold_out(given, fraction, is_classifier(self), seed)
             assert train is not None
-            forest = clone(self.estimator)
+            forest = clone(inner)
             forest.fit(train.x, train.y, sample_weight=train.weight)
             check_forest(forest)
         names = getattr(self, "feature_names_in_", [f"x{i}" for i in range(self.n_features_in_)])

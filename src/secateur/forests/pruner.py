@@ -97,7 +97,8 @@ class BudgetPruner(BudgetedForest):
         solver: ``auto`` (``maxflow``: OR-tools if installed, else scipy), ``ortools``, ``scipy``,
             ``primal_dual``, ``lp``. A budget needs an exact one.
         max_iter, step_m, tol: the primal-dual's rounds, step constant and relative gap.
-        prefit: take ``estimator`` as fitted. ``fit(X, y)`` is then given the pruning examples, or
+        prefit: take ``estimator`` as fitted, as is done with a ``sklearn.frozen.FrozenEstimator``
+            (which also survives ``clone``). ``fit(X, y)`` is then given the pruning examples, or
             the forest's training set when ``X_val`` is given too or ``error_source`` needs it.
         validation_fraction: held out of X when a validation set is needed and none is given.
         drop_stumps: leave out trees cut to their root.
