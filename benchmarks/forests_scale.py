@@ -31,7 +31,6 @@ from secateur.forests.store import load_forest, save_forest
 
 RESULTS = Path(__file__).parent / "results" / "forests_scale.json"
 EXAMPLES, FEATURES, TRAIN = 30_000, 50, 80_000
-LAMBDAS = (0.002, 0.005, 0.008)
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +41,9 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return x, (margin + rng.logistic(size=len(x)) > 0).astype(int)
 
 
-def measure(trees: int, solvers: list[str], grid: int, forest_file: Path) -> dict:
+def measure(
+    trees: int, solvers: list[str], lams: list[float], grid: int, forest_file: Path
+) -> dict:
     x, y = data()
     forest = load_forest(forest_file)
     forest.estimators_ = forest.estimators_[:trees]
@@ -58,7 +59,7 @@ def measure(trees: int, solvers: list[str], grid: int, forest_file: Path) -> dic
     record["first_uses"] = len(programme.full.key)
     record["pairs"] = programme.full.n_keys
     record["solve"] = []
-    for lam in LAMBDAS:
+    for lam in lams:
         price = programme.price(lam)
         for solver in solvers:
             start, cpu = time.perf_counter(), time.process_time()
@@ -70,7 +71,7 @@ def measure(trees: int, solvers: list[str], grid: int, forest_file: Path) -> dic
                 "seconds": time.perf_counter() - start,
                 "cpu_seconds": time.process_time() - cpu,
                 "objective": error + lam * cost,
-                "relative_gap": cut.gap * programme.unit / (error + lam * cost),
+                "relative_gap": float(cut.gap * programme.unit / (error + lam * cost)),
                 "rounds": cut.iterations,
                 "kept": int(cut.kept.sum()),
             }
@@ -80,6 +81,7 @@ def measure(trees: int, solvers: list[str], grid: int, forest_file: Path) -> dic
         prices = [programme.price(lam) for lam in np.geomspace(5e-4, 2e-2, grid)]
         start, cpu = time.perf_counter(), time.process_time()
         path = grid_path(programme.reduced, prices, solver=solvers[0])
+        print("grid done", flush=True)
         record["grid"] = {
             "points": grid,
             "cuts": path.cuts,
@@ -102,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trees", nargs="*", type=int, default=[5, 10, 20, 40])
     parser.add_argument("--solvers", nargs="*")
+    parser.add_argument("--lams", nargs="*", type=float, default=[0.002, 0.005, 0.008])
     parser.add_argument("--grid", type=int, default=20, help="points of the path, largest size")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -111,7 +114,7 @@ def main() -> None:
     forest_file = arguments.out.with_suffix(".npz")
     if arguments.one:
         grid = arguments.grid if arguments.one == max(arguments.trees) else 0
-        record = measure(arguments.one, solvers, grid, forest_file)
+        record = measure(arguments.one, solvers, arguments.lams, grid, forest_file)
         arguments.out.with_suffix(".part").write_text(json.dumps(record))
         return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

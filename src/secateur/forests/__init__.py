@@ -9,6 +9,7 @@ from secateur.forests.baselines import (
     GreedyPruner,
     Unpruned,
 )
+from secateur.forests.boosting import BoostingPruner
 from secateur.forests.budgetrf import BudgetRF
 from secateur.forests.checks import FeatureCosts, ForestInputError
 from secateur.forests.lazy import LazyPrediction
@@ -16,6 +17,7 @@ from secateur.forests.pruner import BudgetPruner, PathPoint, PrunePath
 from secateur.forests.store import load_forest, save_forest
 
 __all__ = [
+    "BoostingPruner",
     "BudgetPruner",
     "BudgetRF",
     "CostComplexityPruner",

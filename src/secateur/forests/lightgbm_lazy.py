@@ -16,7 +16,7 @@ from sklearn.base import is_classifier
 from secateur.errors import MissingExtra
 from secateur.forests.checks import FeatureCosts
 from secateur.forests.flat import LEAF, FlatForest, FlatTree
-from secateur.forests.routing import used_groups
+from secateur.forests.metrics import cost_of_trees
 
 if TYPE_CHECKING:
     from secateur.forests.compare import Split
@@ -42,8 +42,7 @@ class LightGBMModel:
 
     def lazy_cost(self, x: NDArray[np.float32], costs: FeatureCosts) -> float:
         """The mean price of the groups an example needs."""
-        used = used_groups(self.forest, x, costs.group, len(costs.price))
-        return float((used @ costs.price).mean())
+        return cost_of_trees(self.forest, costs, x)
 
 
 def lightgbm_candidates(split: Split) -> list[tuple[float, Any]]:

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
 from secateur.forests.checks import FeatureCosts
-from secateur.forests.flat import flatten
+from secateur.forests.flat import FlatForest, flatten
 from secateur.forests.routing import used_groups
 
 
@@ -25,7 +25,17 @@ def expected_feature_cost(
     sample_weight: ArrayLike | None = None,
 ) -> float:
     """The mean price of what an example needs, each group paid once."""
-    paid = feature_usage(forest, costs, x) @ costs.price
+    return cost_of_trees(flatten(forest), costs, x, sample_weight)
+
+
+def cost_of_trees(
+    flat: FlatForest,
+    costs: FeatureCosts,
+    x: NDArray[np.float32],
+    sample_weight: ArrayLike | None = None,
+) -> float:
+    """``expected_feature_cost`` of any trees, scikit-learn's or not."""
+    paid = used_groups(flat, x, costs.group, len(costs.price)) @ costs.price
     weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
     return float(np.average(paid, weights=weight))
 

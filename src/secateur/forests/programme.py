@@ -109,7 +109,29 @@ def build_programme(
         node_losses, forest, errors.x, errors.target, errors.weight, errors.loss, n_jobs=n_jobs
     )
     scaled, base, unit = _common_unit(losses, errors, len(forest.trees))
-    parent, tree, gain, internal = _internal_nodes(forest, scaled)
+    problem, internal = closure_problem(
+        forest, scaled, costs, cost_x, cost_weight, cost_scope=cost_scope, n_jobs=n_jobs
+    )
+    reduced, nodes = reduce_problem(problem)
+    return Programme(problem, reduced, nodes, internal, forest.n_nodes, base, unit)
+
+
+def closure_problem(
+    forest: FlatForest,
+    losses: list[NDArray[np.float64]],
+    costs: FeatureCosts,
+    cost_x: NDArray[np.float32],
+    cost_weight: NDArray[np.float64] | None = None,
+    *,
+    cost_scope: str = "example",
+    n_jobs: int | None = None,
+) -> tuple[ClosureProblem, NDArray[np.intp]]:
+    """The closure problem for given node losses, one array (n_nodes,) a tree.
+
+    Returns:
+        The problem over internal nodes, and their numbers among all nodes.
+    """
+    parent, tree, gain, internal = _internal_nodes(forest, losses)
     group = costs.priced_group
     if cost_scope == "model":
         parts = over_trees(_first_in_tree, forest, group, n_jobs=n_jobs)
@@ -122,9 +144,7 @@ def build_programme(
         if not weight.sum() > 0:
             raise ForestInputError("weights must not all be zero", field="sample_weight")
         charge = np.outer(costs.price, weight / weight.sum()).ravel()
-    problem = _gather(forest, parent, tree, gain, parts, charge)
-    reduced, nodes = reduce_problem(problem)
-    return Programme(problem, reduced, nodes, internal, forest.n_nodes, base, unit)
+    return _gather(forest, parent, tree, gain, parts, charge), internal
 
 
 def _common_unit(
