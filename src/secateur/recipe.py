@@ -7,6 +7,7 @@ unless the field's description says otherwise.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,18 @@ from secateur.masks.target import Scope, Target
 Quality = Literal["fast", "good", "best"]
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``2:4`` as written; YAML 1.1 takes it for 2 x 60 + 4 = 124."""
+
+
+_INT = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -28,7 +41,11 @@ class Calibration(_Part):
 
     text: str = Field("pydoc", description="file (.txt, .jsonl, .parquet) or named corpus")
     samples: int = Field(64, ge=1, description="sequences (the papers use 128)")
-    length: int = Field(512, ge=2, description="tokens in each (the papers use 2048)")
+    length: int | None = Field(
+        None,
+        ge=2,
+        description="tokens in each (the papers use 2048); null: 512, or the model's positions",
+    )
     seed: int = Field(0, ge=0, description="which windows of the text are drawn")
     batch_tokens: int = Field(2048, ge=1, description="tokens in one forward")
 
@@ -37,7 +54,11 @@ class Evaluation(_Part):
     """What is measured on the dense and on the pruned model."""
 
     text: str = Field("pydoc:test", description="held-out text; never the calibration windows")
-    length: int = Field(512, ge=2, description="tokens in a window; perplexity depends on it")
+    length: int | None = Field(
+        None,
+        ge=2,
+        description="tokens in a window, on which perplexity depends; null: 512, or the positions",
+    )
     windows: int | None = Field(16, ge=1, description="the first so many windows; null: all")
     speed: bool = Field(True, description="measure tokens/s, dense against pruned, on this machine")
     speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
@@ -47,7 +68,7 @@ class Recipe(_Part):
     """One run, from model to report."""
 
     model: str = Field(description="hub id, folder, GGUF file, 'demo' or 'tiny'")
-    method: str = Field("sparsegpt", description="see 'secateur methods'")
+    method: str = Field("wanda", description="see 'secateur methods'")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
     sparsity: float | str = Field(0.5, description="in [0, 1), or N:M: keep N of every M")
     pattern: str | None = Field(None, description="N:M, when sparsity is given as a number too")
@@ -152,7 +173,7 @@ class Recipe(_Part):
     def load(cls, path: Path, **override: Any) -> Recipe:
         """Read a YAML recipe; ``override`` replaces top-level keys."""
         try:
-            values = yaml.safe_load(path.read_text())
+            values = yaml.load(path.read_text(), Loader=_Loader)
         except OSError as error:
             raise UsageError(
                 f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)
@@ -175,7 +196,12 @@ _PARTS: dict[str, type[_Part]] = {"calibration": Calibration, "evaluation": Eval
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "update": "none"},
     "good": {"method": "sparsegpt", "update": "exact"},
-    "best": {"method": "sparsegpt", "update": "best"},
+    "best": {
+        "method": "sparsegpt",
+        "update": "best",
+        "reconstruct": "dense",
+        "granularity": "true_sequential",
+    },
 }
 
 

@@ -50,7 +50,9 @@ def test_ticks_are_round_few_and_inside(a: float, b: float) -> None:
 
 @given(st.floats(1e-6, 1e6), st.floats(1.5, 1e6))
 def test_log_ticks_are_inside(low: float, factor: float) -> None:
-    assert all(low <= t <= low * factor for t in charts.log_ticks(low, low * factor))
+    found = charts.log_ticks(low, low * factor)
+    assert found
+    assert all(low * (1 - 1e-6) <= t <= low * factor * (1 + 1e-6) for t in found)
 
 
 @settings(max_examples=40)
@@ -64,6 +66,13 @@ def test_any_line_stays_on_the_canvas(
     for dot in tree(svg).iter(f"{SVG}circle"):
         assert -1 <= float(dot.get("cx", "nan")) <= width + 1
         assert -1 <= float(dot.get("cy", "nan")) <= 301
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1.0, 3.0), st.booleans())
+def test_narrow_ranges_have_labels(low: float, factor: float, log: bool) -> None:
+    points = [(0, low), (1, low * factor)]
+    svg = charts.line_chart([Series("a", points)], title="t", x_label="x", y_label="y", log_y=log)
+    assert len([t for t in tree(svg).iter(f"{SVG}text") if t.get("text-anchor") == "end"]) >= 1
 
 
 def test_lines_rise_with_their_values() -> None:

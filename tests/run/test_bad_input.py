@@ -198,3 +198,19 @@ def test_a_plan_can_be_edited_and_reused(tmp_path):
     path.write_text(json.dumps({"target": "0.5", "modules": modules}))
     with pytest.raises(UsageError, match="cannot be removed"):
         secateur.prune(tiny_model("llama"), method="magnitude", allocation=str(path))
+
+
+def test_the_originals_counts_are_possible_on_request():
+    """``compat="reference"`` repeats the published scripts, off-by-one included."""
+    model = tiny_model("llama")
+    result = secateur.prune(
+        model, method="magnitude", sparsity=0.5, options={"compat": "reference"}
+    )
+    over = [m["delivered_count"] - m["asked_count"] for m in result.report["modules"]]
+    assert all(extra >= 1 for extra in over)
+
+
+def test_more_tokens_than_positions():
+    model = tiny_model("gpt2")  # learned positions: beyond them there is nothing
+    with pytest.raises(UsageError, match=r"positions"):
+        secateur.prune(model, tiny_tokenizer(), calibration=["rose " * 3000], length=5000)

@@ -31,9 +31,10 @@ Norms = tuple[str, ...]
 
 def sequence_loss(logits: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
     """Sum over sequences of each one's mean next-token cross-entropy (nats); shapes (B,L,V), (B,L)."""
+    # Tokens as rows: the softmax over the vocabulary then runs over contiguous memory.
     losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"
-    )
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+    ).view(len(ids), -1)
     if keep is None:
         return losses.mean(1).sum()
     real = (keep[:, 1:] & keep[:, :-1]).float()
@@ -54,7 +55,7 @@ def _accumulating(
     def fold(key: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                sums[key].update(parameter.grad)
+                sums[key].update(parameter.grad, consume=True)
                 parameter.grad = None
 
         return hook
@@ -89,6 +90,7 @@ def direct_gradients(
     """
     parameters = _parameters(view.blocks)
     sums = {key: GradientMoments(norms) for key in parameters}
+    for k, p in parameters.items(): sums[k].sums = {n: torch.zeros(p.shape, device=p.device) for n in norms}
     with (
         evaluating(view.model),
         _accumulating(parameters, sums),

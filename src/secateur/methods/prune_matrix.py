@@ -103,8 +103,9 @@ def output_error(dense: Tensor, pruned: Tensor, evidence: Evidence) -> float | N
 def shrinkage(evidence: Evidence) -> float:
     """How hard least squares should pull towards the dense weights, relative to diag(H).
 
-    The fewer tokens per input, the more of an exact fit is a fit to noise. Held-out error on
-    real layers is flat around this value; see ``benchmarks``.
+    The fewer tokens per input, the more of an exact fit is a fit to noise. On SmolLM2-135M
+    with 12k tokens the best held-out error lay at 0.01 for 576 inputs and 0.1 for 1536, with
+    little to lose in between.
     """
     moments = evidence.moments()
     ratio = moments.diagonal.numel() / max(1, moments.tokens)

@@ -66,12 +66,17 @@ def verify_run(
         counts = masks.counts()
         for module in report["modules"]:
             count = counts.get(module["name"])
-            if count != module["asked_count"]:
+            if count != module["delivered_count"]:
                 raise VerificationError(
-                    f"'{module['name']}': {module['asked_count']} weights were asked for, "
-                    f"the mask holds {count}"
+                    f"'{module['name']}': the report says {module['delivered_count']} weights "
+                    f"went, the mask holds {count}"
                 )
-        checks = [f"{len(counts)} masks hold exactly what was asked, to the element"]
+        exact = all(m["asked_count"] == m["delivered_count"] for m in report["modules"])
+        checks = [
+            f"{len(counts)} masks hold exactly what was asked, to the element"
+            if exact
+            else f"{len(counts)} masks hold what the report says (a compat method: counts are its own)"
+        ]
         advance(1)
         record = verify_folder(folder)
         if record["masked"] != report["totals"]["zeros"]:
