@@ -119,7 +119,7 @@ def test_budgetprune_beats_cost_complexity_in_the_middle() -> None:
     )
     mean = {row["method"]: np.array(row["mean"]) for row in result.table()}
     assert (mean["budgetprune"][:2] > mean["ccp"][:2] + 0.02).all()
-    assert (mean["budgetprune"][:4] > mean["depth"][:4] + 0.01).all()
+    assert (mean["budgetprune"][:3] > mean["depth"][:3] + 0.02).all()
     full = np.mean([score for score, _, _ in result.unpruned])
     assert mean["budgetprune"][-1] > full - 0.01
 

@@ -57,8 +57,10 @@ def integer_network(problem: ClosureProblem, price: float) -> IntegerNetwork:
     Charges beyond the total gain can never be worth paying and are cut off there.
 
     Raises:
-        NumericsError: a gain or a charge is not finite.
+        NumericsError: the price, a gain or a charge is not finite.
     """
+    if not np.isfinite(price):
+        raise NumericsError(f"the price must be finite, not {price}", fix="give a finite lambda")
     net = problem.net(price)
     charge = price * problem.charge
     if not (np.isfinite(net).all() and np.isfinite(charge).all()):
