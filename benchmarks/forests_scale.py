@@ -118,9 +118,10 @@ def main() -> None:
         arguments.out.with_suffix(".part").write_text(json.dumps(record))
         return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    x, y = data()
-    forest = RandomForestClassifier(max(arguments.trees), random_state=0, n_jobs=2)
-    save_forest(forest.fit(x[:TRAIN], y[:TRAIN]), forest_file)
+    if not forest_file.exists():  # left over from an interrupted run
+        x, y = data()
+        forest = RandomForestClassifier(max(arguments.trees), random_state=0, n_jobs=2)
+        save_forest(forest.fit(x[:TRAIN], y[:TRAIN]), forest_file)
     sizes = []
     for trees in arguments.trees:
         command = [sys.executable, __file__, "--one", str(trees), *sys.argv[1:]]

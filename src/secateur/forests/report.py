@@ -111,7 +111,7 @@ def _usage(record: dict[str, Any]) -> Markup | None:
     before, after = record["before"]["usage"], record["after"]["usage"]
     order = sorted(before, key=lambda name: (-after[name], -before[name]))[:MOST_BARS]
     bars = [
-        Bar(name, after[name], f"{after[name]:.0%} of examples (before: {before[name]:.0%})")
-        for name in order
+        Bar(name, after[name], f"{after[name]:.0%}, unpruned {before[name]:.0%}") for name in order
     ]
-    return bar_chart(bars, title="Share of examples that ask for a feature")
+    title = "Share of examples that ask for a feature"
+    return responsive(lambda width: bar_chart(bars, title=title, width=width))

@@ -5,10 +5,14 @@ for every tree, a pruning problem in which nodes have prices of their own. The a
 as a shortest path with CPLEX; ``best_closure``'s bottom-up recursion gives the same answer.
 Each round yields a feasible pruning and an upper bound on every pruning's profit, so the
 result always comes with a certified gap. Trees meet only in the sums over keys.
+
+One thing is added: prunings are also read off the running mean of the iterates (Barahona and
+Anbil's volume algorithm), which finds good ones where single iterates jump between extremes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -18,10 +22,14 @@ from joblib import cpu_count
 from numba import njit
 from numpy.typing import NDArray
 
-from secateur.forests.closure import ClosureProblem
+from secateur.forests.closure import ClosureProblem, keys_of
 from secateur.forests.solvers.interface import Cut, PrimalDualOptions
 from secateur.progress import SILENT, Progress
 
+MEMORY = 0.1
+"""Weight of the newest pruning in the running mean (as in the volume algorithm)."""
+THRESHOLDS = (0.1, 0.5, 0.9)
+ROUND_EVERY = 5
 PARALLEL_FROM = 500_000
 """First-use entries from which threads pay for themselves."""
 
@@ -53,6 +61,7 @@ class _Relaxation:
         self.asked = np.zeros((parts, keys), dtype=np.bool_)
         self.offered = np.zeros((parts, keys))
         self.bought = np.zeros(keys, dtype=np.bool_)
+        self.average = np.zeros(problem.n_nodes)
 
     def _each_chunk(self, kernel: Any, per_chunk: list[tuple[Any, ...]]) -> float:
         """Run a kernel on every chunk of trees at once; the sum of what it returns."""
@@ -71,12 +80,24 @@ class _Relaxation:
                 for asked, offered in zip(self.asked, self.offered, strict=True)
             ],
         )
+        self.average += MEMORY * (self.kept - self.average)
         paid = self.asked.any(0)
         spare = self.charge - self.offered.sum(0)
         # A key whose offers exceed its price is bought in the relaxed problem.
         self.bought = spare < 0
         profit = float(self.net[self.kept].sum()) - float(self.charge[paid].sum())
         return profit, relaxed - float(spare[self.bought].sum())
+
+    def rounded(self) -> Iterator[tuple[float, NDArray[np.bool_]]]:
+        """Prunings read off the running mean of the relaxed ones, and their profits.
+
+        The mean converges to the programme's optimum while single iterates jump about it; it
+        never rises from parent to child, so every threshold gives a closed set.
+        """
+        for threshold in THRESHOLDS:
+            kept = self.average > threshold
+            paid = keys_of(self.problem.ptr, self.problem.key, kept, self.problem.n_keys)
+            yield float(self.net[kept].sum()) - float(self.charge[paid].sum()), kept
 
     def disagreement(self) -> float:
         """First uses on which a tree and the forest differ: the squared sub-gradient."""
@@ -111,6 +132,10 @@ def solve_primal_dual(
             profit, bound = relaxation.prune()
             if profit > best_profit:
                 best_profit, best_kept = profit, relaxation.kept.copy()
+            if iteration % ROUND_EVERY == 0:
+                for profit, kept in relaxation.rounded():
+                    if profit > best_profit:
+                        best_profit, best_kept = profit, kept
             best_bound = min(best_bound, bound)
             history.append((best_profit, best_bound))
             advance(1)
