@@ -131,6 +131,7 @@ def test_primal_dual_bounds_enclose_the_optimum_at_every_round(
     best, _ = brute_force(problem, price)
     cut = solve_primal_dual(problem, price, PrimalDualOptions(max_iter=60))
     assert cut.history is not None
+    assert problem.is_closed(cut.kept)
     profit, bound = cut.history.T
     assert (profit <= best + 1e-9).all()
     assert (bound >= best - 1e-9).all()
