@@ -52,14 +52,13 @@ class RichProgress(Progress):
         )
         from rich.progress import Progress as Bars
 
+        counted = (MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+        left = (TextColumn("left"), TimeRemainingColumn())
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            # Without a total there is nothing to count down: only the clock runs.
+            *((TimeElapsedColumn(),) if total is None else (*counted, *left)),
         )
         with Bars(*columns, console=self.console) as bars:
             task = bars.add_task(label, total=total)

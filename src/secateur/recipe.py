@@ -104,6 +104,7 @@ class Recipe(_Part):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     dtype: str = Field("auto", description="auto: float32 on CPU, the checkpoint's own on a GPU")
     stream: bool = Field(False, description="hold one block's weights at a time")
+    trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
 
     @field_validator("sparsity", mode="after")
     @classmethod
@@ -123,7 +124,9 @@ class Recipe(_Part):
             quality = data["quality"]
             if quality not in PRESETS:
                 return data  # the field's own message names the choices
-            return {**PRESETS[quality], **{k: v for k, v in data.items() if v is not None}}
+            preset = PRESETS[quality]
+            # null leaves a setting to the preset; elsewhere (evaluation) it means what it says.
+            return preset | {k: v for k, v in data.items() if v is not None or k not in preset}
         return data
 
     @model_validator(mode="after")

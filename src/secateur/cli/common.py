@@ -21,7 +21,7 @@ ModelArgument = Annotated[
     ),
 ]
 Sparsity = Annotated[
-    str | None, typer.Option("--sparsity", "-s", help="in [0, 1), or N:M: keep N of every M")
+    str | None, typer.Option("--sparsity", "-s", help="in [0, 1), or N:M (keep N of every M)")
 ]
 Pattern = Annotated[str | None, typer.Option(help="N:M; may confirm --sparsity, not contradict it")]
 MethodName = Annotated[str | None, typer.Option("--method", "-m", help="see 'secateur methods'")]
@@ -44,6 +44,9 @@ Options = Annotated[
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16")]
 Stream = Annotated[bool, typer.Option("--stream", help="hold one block's weights at a time")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code shipped with the model")
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="folder to write")]
 

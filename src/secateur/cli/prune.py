@@ -46,6 +46,9 @@ def command(
         str | None, typer.Option(help="later blocks see activations of the: pruned or dense model")
     ] = None,
     granularity: Annotated[str | None, typer.Option(help="block or true_sequential")] = None,
+    reconstruct: Annotated[
+        str | None, typer.Option(help="fit survivors to the outputs of the: block or dense model")
+    ] = None,
     option: common.Options = None,
     include: common.Include = None,
     exclude: common.Exclude = None,
@@ -53,6 +56,7 @@ def command(
     device: common.Device = None,
     dtype: common.Dtype = None,
     stream: common.Stream = False,
+    trust_remote_code: common.TrustRemoteCode = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="throw an earlier run in DIR away")
     ] = False,
@@ -80,6 +84,7 @@ def command(
                 allocation=allocation,
                 propagate=propagate,
                 granularity=granularity,
+                reconstruct=reconstruct,
                 options=common.read_options(option),
                 include=include,
                 exclude=exclude,
@@ -87,6 +92,7 @@ def command(
                 device=device,
                 dtype=dtype,
                 stream=stream or None,
+                trust_remote_code=trust_remote_code or None,
             ),
             "calibration": common.given(
                 text=calibration, samples=samples, length=length, seed=seed

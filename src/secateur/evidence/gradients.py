@@ -101,8 +101,10 @@ def direct_gradients(
             keep = None if mask is None else mask[n : n + 1].to(device).bool()
             extra = {} if keep is None else {"attention_mask": keep.long()}
             with torch.enable_grad():
-                output = view.model(input_ids=row, use_cache=False, **extra)
-                loss = sequence_loss(output.logits, row, keep)
+                # The logits go as soon as they are summed up: backward does not need them.
+                loss = sequence_loss(
+                    view.model(input_ids=row, use_cache=False, **extra).logits, row, keep
+                )
                 _finite(loss, n)
                 loss.backward()
             advance(1)

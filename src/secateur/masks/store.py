@@ -150,6 +150,22 @@ class MaskStore(Mapping[str, Tensor]):
         return mask.T.contiguous() if name in self.metadata.get("transposed", ()) else mask
 
 
+class JoinedMasks(Mapping[str, Tensor]):
+    """Several mappings of masks as one; a mask on disk is read when it is asked for."""
+
+    def __init__(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
+        self._owner = {name: part for part in parts for name in part}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._owner[name][name]
+
+
 def popcount(packed: Tensor) -> int:
     """Bits set in a packed mask."""
     return int(_ONES[packed.cpu().numpy()].sum(dtype=np.int64))

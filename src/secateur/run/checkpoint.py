@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,10 +57,13 @@ class Checkpoint:
         for block, record in zip(self.engine.view.blocks, records, strict=False):
             if self.resident:
                 self._put_back(block)
-            masks = dict(load_masks(folder.mask_shard(block.index)))
             results.append(
                 BlockResult(
-                    block.index, masks, record["modules"], record["error"], record["seconds"]
+                    block.index,
+                    self._masks(block, folder),
+                    record["modules"],
+                    record["error"],
+                    record["seconds"],
                 )
             )
         if results:
@@ -73,11 +77,18 @@ class Checkpoint:
             return
         if self.engine.ranks.leads:
             self._write(block, result, folder)
+            if not self.resident:
+                result.masks = self._masks(block, folder)
         last = block.index + 1 == len(self.engine.view.blocks)
         due = last or time.monotonic() - self._last > BOUNDARY_SECONDS
         if replay is not None and self.engine.ranks.spread(0, due):
             folder.save_boundary(block.index + 1, [*replay.hidden, *(self.engine.reference or [])])
             self._last = time.monotonic()
+
+    def _masks(self, block: Block, folder: RunFolder) -> Mapping[str, Tensor]:
+        """A finished block's masks; left on disk when the weights are, or they would pile up."""
+        stored = load_masks(folder.mask_shard(block.index))
+        return dict(stored) if self.resident else stored
 
     def _take(self, hidden: list[Tensor]) -> None:
         """Put a boundary's states back: the pruned stream's, then the dense one's if kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ class BlockResult:
     """What one block became: masks by matrix name, a record per matrix, its output error."""
 
     index: int
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
     modules: list[dict[str, Any]] = field(default_factory=list)
     error: float | None = None
     """||pruned(x) - dense(x)|| / ||dense(x)|| of the whole block on the calibration inputs."""
@@ -164,7 +164,7 @@ class Engine:
                 mask, weight = pruned.mask.cpu().view(torch.uint8), pruned.weight
             mask = self.ranks.spread_tensor(source, mask)
             matrix.write(self.ranks.spread_tensor(source, weight))
-            result.masks[matrix.name] = mask.view(torch.bool)
+            result.masks = {**result.masks, matrix.name: mask.view(torch.bool)}
 
     def _solve(
         self, block: Block, matrix: Matrix, evidence: Evidence

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def finish_checkpoint(session: Session, folder: RunFolder) -> None:
 
 @torch.no_grad()
 def verify_zeros(
-    session: Session, plan: Plan, masks: dict[str, Tensor], folder: RunFolder | None
+    session: Session, plan: Plan, masks: Mapping[str, Tensor], folder: RunFolder | None
 ) -> int:
     """Check every mask against the plan, and every masked weight in memory against zero.
 

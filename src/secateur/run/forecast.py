@@ -25,7 +25,12 @@ def forecast(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
     """
     method, scope, update = resolve(recipe)
     loaded = load(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, stream=True, tokenizer=False
+        recipe.model,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        stream=True,
+        tokenizer=False,
+        trust_remote_code=recipe.trust_remote_code,
     )
     view = ModelView.of(loaded.model, recipe.blocks, recipe.include, recipe.exclude)
     plan = uniform({m.name: m.shape for m in view.matrices()}, recipe.target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +52,7 @@ def _reopened(session: Session, folder: RunFolder | None) -> Session:
 
 
 def measure_size(
-    session: Session, folder: RunFolder | None, masks: dict[str, Tensor]
+    session: Session, folder: RunFolder | None, masks: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Bytes on disk and in memory, dense against pruned, and what the bitmask export would take."""
     model = session.loaded.model

@@ -7,6 +7,7 @@ where a killed one stopped, and gives the same bytes.
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from secateur.allocation.plan import Plan
 from secateur.errors import UsageError
 from secateur.evidence.store import EvidenceStore
+from secateur.masks.store import JoinedMasks
 from secateur.methods import Need
 from secateur.models.loading import Loaded
 from secateur.models.state import evaluating
@@ -41,14 +43,15 @@ class Result:
     Attributes:
         model: the pruned model, ready to use (None when its weights were streamed to ``folder``).
         tokenizer: the tokenizer it came with, if any.
-        masks: matrix name -> (d_out, d_in) bool, True where the weight is gone.
+        masks: matrix name -> (d_out, d_in) bool, True where the weight is gone (read from
+            ``folder`` one by one when the weights were streamed there).
         report: everything measured, as in ``report.json``.
         folder: where it lies on disk, if anywhere.
     """
 
     model: nn.Module | None
     tokenizer: Any
-    masks: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
     report: dict[str, Any]
     folder: Path | None = None
 
@@ -104,7 +107,7 @@ def execute(
         # The dense model is measured now; what is returned measures the pruned one later.
         quality = measure_quality(session, folder)
         results = prune_blocks(session, plan, folder, evidence)
-        masks = {name: mask for result in results for name, mask in result.masks.items()}
+        masks: Mapping[str, Tensor] = JoinedMasks(result.masks for result in results)
         if not session.ranks.leads:
             session.ranks.barrier()
             return Result(session.loaded.model, session.loaded.tokenizer, masks, {}, out)

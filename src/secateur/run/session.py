@@ -119,7 +119,11 @@ def prepare(
     if loaded is None:
         with progress.stage(f"loading {recipe.model}", total=1) as advance:
             loaded = load(
-                recipe.model, dtype=recipe.dtype, device=recipe.device, stream=recipe.stream
+                recipe.model,
+                dtype=recipe.dtype,
+                device=recipe.device,
+                stream=recipe.stream,
+                trust_remote_code=recipe.trust_remote_code,
             )
             advance(1)
     streamed = loaded.streamed
@@ -160,7 +164,7 @@ def prepare(
 def identity(session: Session) -> dict[str, Any]:
     """Everything the pruned weights depend on, and nothing else."""
     recipe = session.recipe.model_dump(mode="json")
-    for key in ("evaluation", "model", "stream", "device"):
+    for key in ("evaluation", "model", "stream", "device", "trust_remote_code"):
         recipe.pop(key)
     return {
         "secateur": __version__,
