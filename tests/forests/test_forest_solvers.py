@@ -1,0 +1,217 @@
+"""Exactness: brute force = linear programme = minimum cut; bounds that hold at every round."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from forest_cases import (
+    cancer_case,
+    closed_sets,
+    every_pruned_forest,
+    independent_objective,
+    state,
+    tiny_case,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur.errors import MissingExtra, NumericsError
+from secateur.forests import ForestInputError
+from secateur.forests.closure import ClosureProblem
+from secateur.forests.reduction import (
+    fold_private_keys,
+    merge_keys,
+    reduce_problem,
+    settle_at_price,
+)
+from secateur.forests.solvers import flow_scipy, resolve_solver, solve
+from secateur.forests.solvers.interface import PrimalDualOptions
+from secateur.forests.solvers.maxflow import integer_network, solve_maxflow
+from secateur.forests.solvers.primal_dual import solve_primal_dual, tree_chunks
+
+EXACT = [
+    "scipy",
+    "lp",
+    pytest.param(
+        "ortools", marks=pytest.mark.skipif(not find_spec("ortools"), reason="needs ortools")
+    ),
+]
+LAMBDAS = (0.0, 0.003, 0.01, 0.03, 0.1, 1.0)
+
+
+@st.composite
+def closure_problems(draw: st.DrawFn) -> ClosureProblem:
+    """Random forests of up to 7 nodes over up to 5 shared keys, gains of either sign."""
+    n = draw(st.integers(1, 7))
+    trees = np.sort(draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
+    parent = np.full(n, -1, dtype=np.int32)
+    for h in range(1, n):
+        before = [u for u in range(h) if trees[u] == trees[h]]
+        if before:
+            parent[h] = draw(st.sampled_from(before))
+    n_keys = draw(st.integers(1, 5))
+    lists = [sorted(draw(st.sets(st.integers(0, n_keys - 1), max_size=3))) for _ in range(n)]
+    whole = st.integers(-4, 6)
+    return ClosureProblem(
+        parent=parent,
+        tree=trees.astype(np.int32),
+        gain=np.array(draw(st.lists(whole, min_size=n, max_size=n)), dtype=float),
+        toll=np.array(draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)), dtype=float),
+        ptr=np.concatenate([[0], np.cumsum([len(keys) for keys in lists])]).astype(np.int64),
+        key=np.array([k for keys in lists for k in keys], dtype=np.int32),
+        charge=np.array(
+            draw(st.lists(st.integers(1, 5), min_size=n_keys, max_size=n_keys)), dtype=float
+        ),
+    )
+
+
+def brute_force(problem: ClosureProblem, price: float) -> tuple[float, np.ndarray]:
+    """The best profit and the smallest closed set that has it."""
+    sets = list(closed_sets(problem.parent))
+    profits = np.array([problem.profit(kept, price) for kept in sets])
+    optima = [
+        kept for kept, profit in zip(sets, profits, strict=True) if profit > profits.max() - 1e-9
+    ]
+    return float(profits.max()), np.logical_and.reduce(optima)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_solvers_agree_with_enumeration_of_rebuilt_forests(seed: int) -> None:
+    forest, x, y, costs = tiny_case(seed)
+    programme = state(forest, x, y, costs)
+    prunings = list(every_pruned_forest(forest))
+    for lam in LAMBDAS:
+        truth = min(independent_objective(pruned, x, y, costs, lam) for _, pruned in prunings)
+        for solver in ("scipy", "lp"):
+            cut = solve(programme.reduced, programme.price(lam), solver)
+            error, cost = programme.measure(programme.lift(cut.kept))
+            assert error + lam * cost == pytest.approx(truth, abs=1e-12)
+            bound = programme.base_error - programme.unit * cut.bound
+            assert bound <= truth + 1e-12
+
+
+@pytest.mark.parametrize("solver", EXACT)
+@given(problem=closure_problems(), price=st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.7]))
+@settings(max_examples=40, deadline=None)
+def test_exact_solvers_find_the_smallest_optimum(
+    solver: str, problem: ClosureProblem, price: float
+) -> None:
+    best, smallest = brute_force(problem, price)
+    cut = solve(problem, price, solver)
+    assert problem.is_closed(cut.kept)
+    assert cut.profit == pytest.approx(best, abs=1e-9)
+    assert cut.bound == pytest.approx(best, abs=1e-6)
+    if solver != "lp":  # a vertex of the programme need not be the smallest optimum
+        assert (cut.kept == smallest).all()
+
+
+@given(problem=closure_problems(), price=st.sampled_from([0.3, 1.0, 2.0]))
+@settings(max_examples=40, deadline=None)
+def test_reductions_keep_the_optimum(problem: ClosureProblem, price: float) -> None:
+    best, smallest = brute_force(problem, price)
+    smaller, nodes = reduce_problem(problem)
+    reduced_best, reduced_smallest = brute_force(smaller, price)
+    assert reduced_best == pytest.approx(best, abs=1e-9)
+    assert set(nodes[reduced_smallest]) == set(np.flatnonzero(smallest))
+    upper, lower = settle_at_price(problem, price)
+    assert (lower <= smallest).all()
+    assert (smallest <= upper).all()
+    folded = merge_keys(fold_private_keys(problem))
+    for kept in closed_sets(problem.parent):
+        assert folded.profit(kept, price) == pytest.approx(problem.profit(kept, price))
+
+
+@given(problem=closure_problems(), price=st.sampled_from([0.3, 1.0, 2.0]))
+@settings(max_examples=40, deadline=None)
+def test_primal_dual_bounds_enclose_the_optimum_at_every_round(
+    problem: ClosureProblem, price: float
+) -> None:
+    best, _ = brute_force(problem, price)
+    cut = solve_primal_dual(problem, price, PrimalDualOptions(max_iter=60))
+    assert cut.history is not None
+    assert problem.is_closed(cut.kept)
+    profit, bound = cut.history.T
+    assert (profit <= best + 1e-9).all()
+    assert (bound >= best - 1e-9).all()
+    assert (np.diff(profit) >= 0).all()
+    assert (np.diff(bound) <= 0).all()
+    assert cut.profit == pytest.approx(problem.profit(cut.kept, price))
+
+
+def test_primal_dual_closes_the_gap_on_a_real_forest() -> None:
+    forest, x, y, costs = tiny_case(1, trees=10, depth=4)
+    programme = state(forest, x, y, costs)
+    for lam in (0.003, 0.01, 0.03):
+        price = programme.price(lam)
+        exact = solve(programme.reduced, price, "scipy")
+        options = PrimalDualOptions(max_iter=400)
+        near = solve(programme.reduced, price, "primal_dual", options)
+        assert near.profit <= exact.profit + 1e-9 <= near.bound + 2e-9
+        assert near.gap * programme.unit < 2e-3
+
+
+def test_threads_do_not_change_the_primal_dual(monkeypatch: pytest.MonkeyPatch) -> None:
+    forest, x, y, costs = tiny_case(2, trees=7, depth=4)
+    programme = state(forest, x, y, costs)
+    price = programme.price(0.01)
+    one = solve_primal_dual(programme.reduced, price)
+    monkeypatch.setattr("secateur.forests.solvers.primal_dual.PARALLEL_FROM", 0)
+    monkeypatch.setattr("secateur.forests.solvers.primal_dual.cpu_count", lambda: 3)
+    assert len(tree_chunks(programme.reduced, 3)) == 4
+    three = solve_primal_dual(programme.reduced, price)
+    assert (one.kept == three.kept).all()
+    assert three.bound == pytest.approx(one.bound, rel=1e-6)
+
+
+@given(problem=closure_problems(), price=st.sampled_from([0.37, 1.1]))
+@settings(max_examples=40, deadline=None)
+def test_flow_is_refined_when_one_round_of_31_bits_is_not_enough(
+    problem: ClosureProblem, price: float
+) -> None:
+    """With a 'word' of 6 bits the same digits must come out in more rounds."""
+    whole = solve_maxflow(problem, price, "scipy")
+    limit = flow_scipy.ROUND_LIMIT
+    try:
+        flow_scipy.ROUND_LIMIT = 63
+        digits = solve_maxflow(problem, price, "scipy")
+    finally:
+        flow_scipy.ROUND_LIMIT = limit
+    assert (digits.kept == whole.kept).all()
+    assert digits.bound == whole.bound
+
+
+def test_more_than_one_round_happens() -> None:
+    programme = state(*cancer_case())
+    network = integer_network(programme.reduced, programme.price(0.0031))
+    assert network.total > 2**40
+    _, _, rounds = flow_scipy.minimum_cut(network)
+    assert rounds > 1
+
+
+def test_scaling_cuts_huge_charges_off_instead_of_overflowing() -> None:
+    problem = ClosureProblem(
+        parent=np.array([-1], dtype=np.int32),
+        tree=np.zeros(1, dtype=np.int32),
+        gain=np.array([1.0]),
+        toll=np.zeros(1),
+        ptr=np.array([0, 1]),
+        key=np.zeros(1, dtype=np.int32),
+        charge=np.array([1e300]),
+    )
+    network = integer_network(problem, 1.0)
+    assert 0 < network.toll[0] < 2**60
+    assert not solve_maxflow(problem, 1.0).kept.any()
+    assert solve_maxflow(problem, 1e-301).kept.all()
+    with pytest.raises(NumericsError, match="finite"):
+        integer_network(problem, np.inf)
+
+
+def test_unknown_and_missing_solvers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ForestInputError, match="solver='simplex'"):
+        resolve_solver("simplex")
+    monkeypatch.setattr("secateur.forests.solvers.interface.find_spec", lambda name: None)
+    assert resolve_solver("auto") == resolve_solver("maxflow") == "scipy"
+    with pytest.raises(MissingExtra, match="ortools"):
+        resolve_solver("ortools")
