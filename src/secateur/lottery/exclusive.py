@@ -1,0 +1,132 @@
+"""Pools whose neurons serve one slot each: first come first served, or by maximum matching.
+
+With a one-to-one attribution every kept neuron has one in-edge and one out-edge, as in the batch
+sampling argument of Orseau et al.; the random network needs about one neuron per bit, without the
+extra logarithm of the union bound.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
+
+from secateur.lottery.philox import ROLE_IN, ROLE_OUT
+from secateur.lottery.search import Floats, Ints, Picks, Pools
+
+
+def bitwise(
+    pools: Pools, sign: int, demand: Floats, edges: Floats, kind: str, engine: str
+) -> Picks:
+    """Like ``search.bitwise``; ``kind`` is ``batch`` or ``matching``."""
+    bits = len(edges) - 1
+    neurons = np.full((*demand.shape, bits), -1, np.int64)
+    residual, empty = np.abs(demand), np.zeros(len(demand), np.int64)
+    assign = _first_come if kind == "batch" else _matching
+    for p in range(len(demand)):
+        if not demand[p].any():
+            continue
+        usable, product, interval = _tile(pools, p, sign, demand[p], edges, engine)
+        slots, residual[p], empty[p] = assign(np.abs(demand[p]), product, interval, edges)
+        neurons[p] = np.where(slots >= 0, usable[slots], -1)
+    return Picks(neurons, residual, empty)
+
+
+def _tile(
+    pools: Pools, p: int, sign: int, demand: Floats, edges: Floats, engine: str
+) -> tuple[Ints, Floats, Ints]:
+    """Usable neurons (m,), products (m, O) and their intervals (m, O), -1 where unfit."""
+    members = np.arange(pools.sizes[p])
+    a = draw(pools, ROLE_IN, p, members, pools.columns[p : p + 1], engine)[:, 0]
+    usable = members[a * sign > 0]
+    outputs = pools.first_out[p] + np.arange(len(demand))
+    b = draw(pools, ROLE_OUT, p, usable, outputs, engine)
+    product = np.abs(a[a * sign > 0])[:, None] * np.abs(b)
+    # searchsorted wants ascending ends; interval i is [edges[i + 1], edges[i]].
+    interval = len(edges) - 1 - np.searchsorted(edges[::-1], product, side="left")
+    fits = ((b > 0) == (demand > 0)) & (demand != 0)
+    fits &= (product <= edges[0]) & (product >= edges[-1])
+    return usable, product, np.where(fits, np.clip(interval, 0, len(edges) - 2), -1)
+
+
+def draw(pools: Pools, role: int, p: int, neurons: Ints, columns: Ints, engine: str) -> Floats:
+    """(neurons, columns) random weights of pool p, as float64."""
+    law, head = pools.law, (pools.seed, pools.layer, role)
+    if engine == "compiled":
+        from secateur.lottery import compiled
+
+        shape = (len(neurons), len(columns))
+        addresses = (
+            np.full(shape, pools.ids[p]),
+            np.broadcast_to(neurons[:, None], shape),
+            np.broadcast_to(columns, shape),
+        )
+        out = np.empty(shape, np.float32)
+        flat = (np.ascontiguousarray(x, dtype=np.uint64).ravel() for x in addresses)
+        constants = (law.code, float(law.scale), float(law.span))
+        compiled.values(constants, np.uint64(head[0]), *head[1:], *flat, out.reshape(-1))
+        return out.astype(np.float64)
+    pool = torch.tensor(int(pools.ids[p]))
+    rows, cols = torch.from_numpy(neurons)[:, None], torch.from_numpy(columns)
+    return np.asarray(law.values(*head, pool, rows, cols).double().numpy())
+
+
+def _first_come(
+    want: Floats, product: Floats, interval: Ints, edges: Floats
+) -> tuple[Ints, Floats, int]:
+    """Fill every slot of every output in the order the neurons come; then decide greedily."""
+    outputs, bits = len(want), len(edges) - 1
+    slots = np.full((outputs, bits), -1, np.int64)
+    is_open = np.zeros((outputs, bits + 1), bool)  # the last column stands for "unfit"
+    is_open[want > 0, :bits] = True
+    left = int(is_open.sum())
+    everyone = np.arange(outputs)
+    for m in range(len(product)):
+        free = is_open[everyone, interval[m]].nonzero()[0]
+        if free.size:
+            o = free[m % free.size]  # spread over the outputs
+            slots[o, interval[m, o]] = m
+            is_open[o, interval[m, o]] = False
+            left -= 1
+            if left == 0:
+                break
+    rest, empty = want.copy(), 0
+    for i in range(bits):
+        there = slots[:, i] >= 0
+        value = np.where(there, product[slots[:, i], everyone], np.inf)
+        empty += int((~there & (rest > edges[i]) & (want > 0)).sum())
+        take = rest >= value
+        slots[~take, i] = -1
+        rest[take] -= value[take]
+    return slots, rest, empty
+
+
+def _matching(
+    want: Floats, product: Floats, interval: Ints, edges: Floats
+) -> tuple[Ints, Floats, int]:
+    """From coarse to fine, match the outputs that take bit i with neurons not yet used.
+
+    While the rest exceeds ``edges[i]`` the bit is needed, and those outputs are matched first. An
+    output whose rest lies inside the interval may do without it (the lemma's invariant already
+    holds), but is better off with it, if a product is left that fits.
+    """
+    outputs, bits = len(want), len(edges) - 1
+    slots = np.full((outputs, bits), -1, np.int64)
+    rest, empty = want.copy(), 0
+    unused: NDArray[np.bool_] = np.ones(len(product), bool)
+    for i in range(bits):
+        needed = (rest > edges[i]).nonzero()[0]
+        useful = ((rest <= edges[i]) & (rest > edges[i + 1])).nonzero()[0]
+        for rows, must in ((needed, True), (useful, False)):
+            if not rows.size:
+                continue
+            fits = (interval[:, rows] == i) & unused[:, None] & (product[:, rows] <= rest[rows])
+            match = maximum_bipartite_matching(csr_matrix(fits.T), perm_type="column")
+            met = match >= 0
+            empty += int((~met).sum()) if must else 0
+            slots[rows[met], i] = match[met]
+            rest[rows[met]] -= product[match[met], rows[met]]
+            unused[match[met]] = False
+    return slots, rest, empty
