@@ -1,3 +1,59 @@
-"""Secateur makes trained models smaller and faster, and proves it."""
+"""Secateur makes trained models smaller and faster, and proves it.
+
+>>> import secateur
+>>> result = secateur.prune("tiny", method="wanda", sparsity=0.5, out=None)  # doctest: +SKIP
+>>> result.report["totals"]["delivered"]                                    # doctest: +SKIP
+0.5
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Resolved on first use, so that importing secateur does not import torch.
+_LAZY = {
+    "prune": "secateur.api",
+    "evaluate": "secateur.api",
+    "load_pruned": "secateur.export.loading",
+    "Recipe": "secateur.recipe",
+    "Result": "secateur.run.runner",
+    "Target": "secateur.masks.target",
+    "SecateurError": "secateur.errors",
+    "UsageError": "secateur.errors",
+}
+
+__all__ = [
+    "Recipe",
+    "Result",
+    "SecateurError",
+    "Target",
+    "UsageError",
+    "__version__",
+    "evaluate",
+    "load_pruned",
+    "prune",
+]
+
+if TYPE_CHECKING:
+    from secateur.api import evaluate, prune
+    from secateur.errors import SecateurError, UsageError
+    from secateur.export.loading import load_pruned
+    from secateur.masks.target import Target
+    from secateur.recipe import Recipe
+    from secateur.run.runner import Result
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'secateur' has no attribute '{name}'")
+    import importlib
+
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -19,6 +19,9 @@ class InputMoments:
 
     ``diagonal`` holds sum_t x_tj^2 and, when asked for, ``gram`` holds X^T X (d_in, d_in).
     Padded tokens are left out by giving ``keep``. Accumulated in float32 per batch.
+
+    ``cross``, if gathered, is X_dense^T X (d_in, d_in): the same tokens' inputs in the dense
+    model against those in the model pruned so far.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class InputMoments:
         self.gram: Tensor | None = (
             torch.zeros(features, features, dtype=torch.float32, device=device) if gram else None
         )
+        self.cross: Tensor | None = None
 
     @torch.no_grad()
     def update(self, inputs: Tensor, keep: Tensor | None = None) -> None:
@@ -46,9 +50,22 @@ class InputMoments:
             self.gram.addmm_(x.T, x)
             self.diagonal = self.gram.diagonal()
 
+    @torch.no_grad()
+    def update_cross(self, dense: Tensor, inputs: Tensor, keep: Tensor | None = None) -> None:
+        """Add the dense model's inputs (..., d_in) beside those ``update`` was given."""
+        pair = [t.reshape(-1, t.shape[-1]).to(torch.float32) for t in (dense, inputs)]
+        if keep is not None:
+            pair = [x[keep.reshape(-1)] for x in pair]
+        if self.cross is None:
+            self.cross = torch.zeros_like(self.second_moment())
+        self.cross.addmm_(pair[0].T, pair[1])
+
     def merge(self, other: InputMoments) -> None:
         """Add what another machine, run or batch has seen."""
         self.tokens += other.tokens
+        if other.cross is not None:
+            moved = other.cross.to(self.diagonal.device)
+            self.cross = moved if self.cross is None else self.cross + moved
         if self.gram is not None and other.gram is not None:
             self.gram += other.gram.to(self.gram.device)
             self.diagonal = self.gram.diagonal()

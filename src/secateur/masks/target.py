@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -74,7 +74,7 @@ class Target:
                 fix="a number in [0, 1) such as 0.5, or N:M",
             ) from None
         if not math.isfinite(number) or not 0 <= number < 1:
-            fix = f"did you mean {number / 100:g}?" if 1 < number < 100 else "0.5 removes half"
+            fix = f"did you mean {number / 100:g}?" if 5 <= number < 100 else "0.5 removes half"
             raise UsageError("a sparsity lies in [0, 1)", field="sparsity", value=value, fix=fix)
         return cls(number)
 
@@ -146,13 +146,16 @@ class Cut:
     scope: Scope = Scope()
     keep: int | None = None
     group: int | None = None
+    asked: float | None = field(default=None, compare=False)
+    """The sparsity this cut came from, before it became a count (``compat="reference"`` floors it)."""
 
     @classmethod
     def of(cls, shape: tuple[int, int], target: Target, scope: Scope, name: str = "weight") -> Cut:
         """The cut of ``target`` on a matrix of ``shape``; N:M must divide its inputs."""
         rows, columns = int(shape[0]), int(shape[1])
         if target.keep is None or target.group is None:
-            return cls((rows, columns), target.count(rows * columns), scope)
+            count = target.count(rows * columns)
+            return cls((rows, columns), count, scope, asked=target.sparsity)
         if columns % target.group:
             raise UsageError(
                 f"'{name}' has {columns} inputs, which {target.group} does not divide",

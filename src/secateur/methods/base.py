@@ -27,7 +27,7 @@ from secateur.errors import UsageError
 from secateur.evidence.statistics import Evidence
 from secateur.masks.target import Cut, Scope
 
-Update = Literal["none", "obs", "exact"]
+Update = Literal["none", "obs", "exact", "best"]
 
 
 class Need(StrEnum):

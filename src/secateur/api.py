@@ -1,0 +1,103 @@
+"""The Python front door: the same grammar as the command line and YAML."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.models.loading import Loaded
+from secateur.progress import SILENT, Progress
+from secateur.recipe import Calibration, Evaluation, Recipe
+from secateur.run.evaluate import evaluate_model as evaluate
+from secateur.run.runner import Result, execute
+
+__all__ = ["evaluate", "prune"]
+
+
+def prune(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    method: str = "wanda",
+    sparsity: float | str = 0.5,
+    calibration: Any = "pydoc",
+    samples: int = 64,
+    length: int = 512,
+    seed: int = 0,
+    evaluation: str | None = None,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> Result:
+    """Prune a language model.
+
+    Args:
+        model: hub id, folder, GGUF file, ``"demo"``, ``"tiny"``, or a transformers model in
+            memory, which is then pruned in place.
+        tokenizer: needed with a model in memory, unless ``calibration`` is tokens already.
+        method: see ``secateur methods``.
+        sparsity: in [0, 1), or ``"2:4"``: keep two of every four.
+        calibration: a text file or named corpus, a list of texts, an (N, L) tensor of token
+            ids, or an iterable of ``{"input_ids": ..., "attention_mask": ...}``.
+        samples, length, seed: how many windows of how many tokens are drawn, and which.
+        evaluation: text to measure quality on, dense against pruned; None measures nothing.
+        out: a run's folder (resumable, with report); None keeps everything in memory.
+        fresh: throw away what an earlier run left in ``out``.
+        progress: ``secateur.progress.RichProgress()`` draws bars.
+        **settings: any other field of ``secateur.Recipe`` (``update``, ``scope``, ``options``,
+            ``quality``, ``exclude``, ``propagate``, ``stream`` ...).
+
+    Returns:
+        The pruned model, its masks and the report.
+
+    Raises:
+        SecateurError: naming field, value and fix.
+
+    Examples:
+        >>> import secateur
+        >>> result = secateur.prune("tiny", method="wanda", sparsity=0.5, samples=4, length=64)
+        >>> round(result.report["totals"]["delivered"], 6)
+        0.5
+    """
+    text = str(calibration) if isinstance(calibration, str | Path) else "given"
+    recipe = Recipe.build(
+        {
+            "model": str(model) if isinstance(model, str | Path) else "given",
+            "method": method,
+            "sparsity": sparsity,
+            "calibration": Calibration(text=text, samples=samples, length=length, seed=seed),
+            "evaluation": None if evaluation is None else Evaluation(text=evaluation),
+            **settings,
+        }
+    )
+    loaded = None
+    if isinstance(model, nn.Module):
+        loaded = Loaded(model, tokenizer, None, _name(model), _weights_digest(model))
+    return execute(
+        recipe,
+        out=None if out is None else Path(out),
+        loaded=loaded,
+        calibration=None if isinstance(calibration, str | Path) else calibration,
+        fresh=fresh,
+        progress=progress,
+        command="secateur.prune(...)",
+    )
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """SHA-256 over a sample of every parameter: enough to tell one model from another."""
+    state = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()
+        state.update(f"{name}{tuple(parameter.shape)}".encode())
+        state.update(sample.numpy().tobytes())
+    return state.hexdigest()

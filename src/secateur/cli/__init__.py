@@ -1,0 +1,77 @@
+"""The command line: one file a command, no logic, only words.
+
+Exit codes: 0 done, 1 the work failed, 2 the request is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from secateur.errors import SecateurError
+
+# In the order --help shows them; none imports torch before it is called.
+COMMANDS = (
+    "prune",
+    "run",
+    "plan",
+    "evaluate",
+    "compare",
+    "report",
+    "verify",
+    "why",
+    "export",
+    "demo",
+)
+
+app = typer.Typer(
+    name="secateur",
+    help="Makes trained models smaller and faster, and proves it.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for name in COMMANDS:
+    module = importlib.import_module(f"secateur.cli.{name}")
+    app.command(module.NAME, help=module.__doc__)(module.command)
+importlib.import_module("secateur.cli.listing").add_to(app)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. User errors show no traceback."""
+    import click
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app(arguments, standalone_mode=False)
+        return int(code or 0)
+    except SecateurError as error:
+        if "--json" in arguments:
+            print(json.dumps(error.record(), ensure_ascii=False))
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except click.exceptions.Abort:
+        return _interrupted()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except click.ClickException as error:
+        if "--json" in arguments:
+            record = {"error": error.format_message(), "exit_code": error.exit_code}
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        return 1
+
+
+def _interrupted() -> int:
+    print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+    return 130

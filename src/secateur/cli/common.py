@@ -1,0 +1,94 @@
+"""Options that several commands share, spelt once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.errors import UsageError
+from secateur.progress import SILENT, Progress, RichProgress
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="hub id, local folder, GGUF file, 'demo' or 'tiny' (both packaged)"
+    ),
+]
+Sparsity = Annotated[
+    str | None, typer.Option("--sparsity", "-s", help="in [0, 1), or N:M: keep N of every M")
+]
+Pattern = Annotated[str | None, typer.Option(help="N:M; may confirm --sparsity, not contradict it")]
+MethodName = Annotated[str | None, typer.Option("--method", "-m", help="see 'secateur methods'")]
+Scope = Annotated[str | None, typer.Option(help="row, layer, block[:WIDTH] or global")]
+Update = Annotated[str | None, typer.Option(help="what survivors become: none, obs, exact or best")]
+Quality = Annotated[str | None, typer.Option(help="preset: fast, good or best")]
+Allocation = Annotated[str | None, typer.Option(help="uniform, global, or a plan.json")]
+CalibrationText = Annotated[
+    str | None, typer.Option("--calibration", "-c", help="file or named corpus ('secateur texts')")
+]
+Samples = Annotated[int | None, typer.Option(help="calibration sequences")]
+Length = Annotated[int | None, typer.Option(help="tokens in a sequence")]
+Seed = Annotated[int | None, typer.Option(help="which windows are drawn")]
+Include = Annotated[list[str] | None, typer.Option(help="only matrices matching this glob")]
+Exclude = Annotated[list[str] | None, typer.Option(help="no matrix matching this glob")]
+Blocks = Annotated[str | None, typer.Option(help="path of the list of blocks, e.g. model.layers")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-O", help="method option, NAME=VALUE")
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16")]
+Stream = Annotated[bool, typer.Option("--stream", help="hold one block's weights at a time")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="folder to write")]
+
+
+def progress(as_json: bool) -> Progress:
+    """Bars on standard error, unless a machine is reading or another rank draws them."""
+    if os.environ.get("RANK", "0") != "0":
+        return SILENT
+    return SILENT if as_json and not sys.stderr.isatty() else RichProgress()
+
+
+def emit(record: dict[str, Any]) -> None:
+    """The one JSON object of a ``--json`` command."""
+    from secateur.files import finite
+
+    print(json.dumps(finite(record), ensure_ascii=False))
+
+
+def say(text: str = "") -> None:
+    """A line of the result, on standard output."""
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(text)
+
+
+def read_options(pairs: list[str] | None) -> dict[str, Any] | None:
+    """``["alpha=10", "norm=l2"]`` -> ``{"alpha": 10, "norm": "l2"}`` (values are YAML)."""
+    if not pairs:
+        return None
+    import yaml
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError("an option is NAME=VALUE", field="option", value=pair)
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The flags the user set: those left alone stay at the recipe's defaults."""
+    return {key: value for key, value in values.items() if value is not None and value != []}
+
+
+def command_line() -> str:
+    """This command as it can be typed again."""
+    return "secateur " + shlex.join(sys.argv[1:])

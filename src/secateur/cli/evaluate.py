@@ -1,0 +1,72 @@
+"""Measure a model: perplexity under a recorded protocol, and agreement with a dense one.
+
+[bold]Examples[/bold]
+
+  secateur eval out --text pydoc:test --length 512 --json
+
+  secateur eval out --dense demo --text wikitext-2 --length 1024 --windows 8
+
+  secateur eval out --task piqa --limit 200
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from secateur.cli import common
+
+NAME = "eval"
+
+
+def command(
+    model: common.ModelArgument,
+    text: Annotated[str, typer.Option(help="file or named corpus")] = "pydoc:test",
+    length: Annotated[int, typer.Option(help="tokens in a window; perplexity depends on it")] = 512,
+    windows: Annotated[
+        int | None, typer.Option(help="the first so many windows (default: all)")
+    ] = None,
+    dense: Annotated[str | None, typer.Option(help="also compare with this model")] = None,
+    task: Annotated[str | None, typer.Option(help="multiple choice instead: piqa or blimp")] = None,
+    limit: Annotated[int | None, typer.Option(help="only so many questions")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="also tokens/s, against --dense")] = False,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    as_json: common.Json = False,
+) -> None:
+    from secateur.run.evaluate import evaluate_model
+
+    record = evaluate_model(
+        model,
+        text=text,
+        length=length,
+        windows=windows,
+        dense=dense,
+        task=task,
+        limit=limit,
+        speed=speed,
+        device=device or "auto",
+        dtype=dtype or "auto",
+        progress=common.progress(as_json),
+    )
+    if as_json:
+        common.emit(record)
+        return
+    if "accuracy" in record:
+        common.say(
+            f"{record['task']}: {record['accuracy']:.1%} of {record['questions']} "
+            f"(+- {record['stderr']:.1%})"
+        )
+        return
+    common.say(f"perplexity {record['perplexity']:.3f} (+- {record['stderr']:.3f})")
+    if dense:
+        common.say(f"dense      {record['dense_perplexity']:.3f}")
+        common.say(
+            f"KL(dense || model) {record['kl']:.4f} nats/token, "
+            f"same top token {record['top1_agreement']:.1%}"
+        )
+    if record.get("speed"):
+        common.say(f"speed      {record['speed']['verdict']}")
+    protocol = record["protocol"]
+    common.say("protocol   " + ", ".join(f"{k}={v}" for k, v in protocol.items()))

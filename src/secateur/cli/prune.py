@@ -1,0 +1,138 @@
+"""Prune a language model, measure it, and write a report.
+
+The folder afterwards loads with [cyan]AutoModelForCausalLM.from_pretrained(DIR)[/cyan].
+Run the same command again after a crash or Ctrl-C: it goes on where it stopped.
+
+[bold]Examples[/bold]
+
+  secateur prune demo --sparsity 0.5 --out demo-50
+
+  secateur prune HuggingFaceTB/SmolLM2-360M --method wanda --sparsity 2:4 -c my.txt -o out
+
+  secateur prune ./llama-70b --quality best --sparsity 0.6 --stream --out llama-60
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from secateur.cli import common
+
+NAME = "prune"
+
+
+def command(
+    model: common.ModelArgument,
+    out: common.Out,
+    sparsity: common.Sparsity = None,
+    method: common.MethodName = None,
+    pattern: common.Pattern = None,
+    quality: common.Quality = None,
+    update: common.Update = None,
+    scope: common.Scope = None,
+    allocation: common.Allocation = None,
+    calibration: common.CalibrationText = None,
+    samples: common.Samples = None,
+    length: common.Length = None,
+    seed: common.Seed = None,
+    eval_text: Annotated[str | None, typer.Option(help="held-out text to measure on")] = None,
+    eval_length: Annotated[int | None, typer.Option(help="tokens in an evaluation window")] = None,
+    eval_windows: Annotated[int | None, typer.Option(help="how many windows")] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="measure no quality or speed")] = False,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="measure no speed")] = False,
+    propagate: Annotated[
+        str | None, typer.Option(help="later blocks see activations of the: pruned or dense model")
+    ] = None,
+    granularity: Annotated[str | None, typer.Option(help="block or true_sequential")] = None,
+    option: common.Options = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    blocks: common.Blocks = None,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    stream: common.Stream = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="throw an earlier run in DIR away")
+    ] = False,
+    as_json: common.Json = False,
+) -> None:
+    from secateur.recipe import Recipe
+    from secateur.run.runner import execute
+
+    evaluation: dict[str, Any] | None = common.given(
+        text=eval_text,
+        length=eval_length,
+        windows=eval_windows,
+        speed=False if no_speed else None,
+    )
+    recipe = Recipe.build(
+        {
+            **common.given(
+                model=model,
+                sparsity=sparsity,
+                method=method,
+                pattern=pattern,
+                quality=quality,
+                update=update,
+                scope=scope,
+                allocation=allocation,
+                propagate=propagate,
+                granularity=granularity,
+                options=common.read_options(option),
+                include=include,
+                exclude=exclude,
+                blocks=blocks,
+                device=device,
+                dtype=dtype,
+                stream=stream or None,
+            ),
+            "calibration": common.given(
+                text=calibration, samples=samples, length=length, seed=seed
+            ),
+            "evaluation": None if no_eval else evaluation,
+        }
+    )
+    result = execute(
+        recipe,
+        out=out,
+        fresh=fresh,
+        progress=common.progress(as_json),
+        command=common.command_line(),
+    )
+    show(result.report, as_json)
+
+
+def show(report: dict[str, Any], as_json: bool) -> None:
+    """The outcome of a run, for a person or a machine."""
+    if not report:  # a rank that only helped
+        return
+    if as_json:
+        common.emit({k: v for k, v in report.items() if k not in ("modules", "blocks")})
+        return
+    totals, quality, size = report["totals"], report.get("quality"), report.get("size")
+    common.say()
+    common.say(
+        f"[bold]{report['model']['name']}[/bold]: {totals['zeros']:,} of {totals['elements']:,} "
+        f"weights removed ({totals['delivered']:.2%}; asked {totals['asked']:.2%}), verified"
+    )
+    if quality:
+        dense, pruned = quality["dense"]["perplexity"], quality["pruned"]["perplexity"]
+        common.say(
+            f"perplexity  {dense:.2f} dense -> {pruned:.2f} pruned   "
+            f"(KL {quality['kl']:.3f} nats, same top token {quality['top1_agreement']:.1%}; "
+            f"protocol {quality['protocol']['digest']})"
+        )
+    if size:
+        disk = size["disk"]
+        common.say(
+            f"on disk     {disk['dense'] / 1e6:.0f} MB dense, {disk['pruned'] / 1e6:.0f} MB here, "
+            f"{disk['bitmask'] / 1e6:.0f} MB as bitmask ('secateur export')"
+        )
+    if report.get("speed"):
+        common.say(f"speed       {report['speed']['verdict']}")
+    for note in report.get("notes", []):
+        common.say(f"[yellow]note[/yellow]        {note}")
+    if report.get("folder"):
+        common.say(f"report      {report['folder']}/report.html")

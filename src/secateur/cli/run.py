@@ -1,0 +1,39 @@
+"""Run a YAML recipe: everything 'prune' does, written down.
+
+[bold]Example[/bold]
+
+  secateur run recipe.yaml --out results/first
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.cli import common
+from secateur.cli.prune import show
+
+NAME = "run"
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="a YAML file; see docs/recipes.md")],
+    out: common.Out,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="throw an earlier run in DIR away")
+    ] = False,
+    as_json: common.Json = False,
+) -> None:
+    from secateur.recipe import Recipe
+    from secateur.run.runner import execute
+
+    result = execute(
+        Recipe.load(recipe),
+        out=out,
+        fresh=fresh,
+        progress=common.progress(as_json),
+        command=common.command_line(),
+    )
+    show(result.report, as_json)

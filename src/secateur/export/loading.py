@@ -1,0 +1,70 @@
+"""Opening what was pruned: one call for plain folders and for bitmask containers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import MissingExtra, UsageError, VerificationError
+from secateur.export.bitmask import FILE_NAME, load_bitmask
+
+
+def load_pruned(path: Path | str, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> Any:
+    """A ready transformers causal LM from a pruned folder; no remote code is ever run.
+
+    Args:
+        path: a folder of ``save_pretrained``'s layout, or one with a bitmask container (its
+            weights are unpacked on the CPU and handed to a model built without memory).
+        dtype: as for ``from_pretrained``; "auto" keeps the stored type.
+        **kwargs: passed on to ``from_pretrained`` (``device_map``, ``attn_implementation``).
+
+    Raises:
+        UsageError: no such folder, or nothing in it that can be loaded.
+        VerificationError: weights are missing from the container.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", "loading a language model") from error
+
+    auto: Any = AutoModelForCausalLM
+    path = Path(path)
+    kwargs["trust_remote_code"] = False
+    if not (path / "config.json").is_file():
+        raise UsageError("not a model folder: it has no config.json", field="path", value=str(path))
+    if not (path / FILE_NAME).is_file():
+        return auto.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, **kwargs
+        )
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    weights = load_bitmask(path)
+    if dtype == "auto":
+        dtype = _stored_type(weights)
+    with torch.device("meta"):
+        kind: Any = type(auto.from_config(config))
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    _refuse_gaps(path, info)
+    return model
+
+
+def _stored_type(weights: dict[str, torch.Tensor]) -> torch.dtype:
+    """The floating type most of the weights are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in weights.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda kind: sizes[kind], default=torch.float32)
+
+
+def _refuse_gaps(path: Path, info: dict[str, Any]) -> None:
+    """transformers fills missing weights at random and only warns; a loader must not."""
+    bad = [*info.get("missing_keys", ()), *(k[0] for k in info.get("mismatched_keys", ()))]
+    if bad:
+        raise VerificationError(
+            f"'{path}' does not hold {len(bad)} weights of its model, such as '{bad[0]}'",
+            fix="export it again",
+        )

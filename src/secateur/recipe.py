@@ -1,0 +1,201 @@
+"""The grammar of a run. Command line, YAML and Python all build this one object.
+
+Unknown keys are refused, ranges are checked, and every default is the one its paper uses
+unless the field's description says otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from secateur.errors import SecateurError, UsageError
+from secateur.masks.target import Scope, Target
+
+Quality = Literal["fast", "good", "best"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Calibration(_Part):
+    """The text a method looks at."""
+
+    text: str = Field("pydoc", description="file (.txt, .jsonl, .parquet) or named corpus")
+    samples: int = Field(64, ge=1, description="sequences (the papers use 128)")
+    length: int = Field(512, ge=2, description="tokens in each (the papers use 2048)")
+    seed: int = Field(0, ge=0, description="which windows of the text are drawn")
+    batch_tokens: int = Field(2048, ge=1, description="tokens in one forward")
+
+
+class Evaluation(_Part):
+    """What is measured on the dense and on the pruned model."""
+
+    text: str = Field("pydoc:test", description="held-out text; never the calibration windows")
+    length: int = Field(512, ge=2, description="tokens in a window; perplexity depends on it")
+    windows: int | None = Field(16, ge=1, description="the first so many windows; null: all")
+    speed: bool = Field(True, description="measure tokens/s, dense against pruned, on this machine")
+    speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
+
+
+class Recipe(_Part):
+    """One run, from model to report."""
+
+    model: str = Field(description="hub id, folder, GGUF file, 'demo' or 'tiny'")
+    method: str = Field("sparsegpt", description="see 'secateur methods'")
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
+    sparsity: float | str = Field(0.5, description="in [0, 1), or N:M: keep N of every M")
+    pattern: str | None = Field(None, description="N:M, when sparsity is given as a number too")
+    scope: str | None = Field(
+        None, description="row, layer, block[:WIDTH], global; null: the method's"
+    )
+    update: Literal["none", "obs", "exact", "best"] | None = Field(
+        None, description="what survivors become; null: the method's"
+    )
+    quality: Quality | None = Field(
+        None, description="a preset that fills in method, update and granularity"
+    )
+    allocation: str = Field("uniform", description="'uniform', 'global', or a saved plan.json")
+    include: list[str] = Field(
+        default_factory=list, description="only matrices matching these globs"
+    )
+    exclude: list[str] = Field(default_factory=list, description="no matrix matching these globs")
+    blocks: str | None = Field(
+        None, description="path of the list of blocks, if not found by itself"
+    )
+    calibration: Calibration = Calibration()
+    propagate: Literal["pruned", "dense"] = Field(
+        "pruned", description="what later blocks are calibrated on"
+    )
+    granularity: Literal["block", "true_sequential"] = Field(
+        "block", description="true_sequential: re-run the block after each group of matrices"
+    )
+    reconstruct: Literal["block", "dense"] = Field(
+        "block",
+        description="what survivors are fitted to: the block's own outputs, or the dense model's",
+    )
+    evaluation: Evaluation | None = Evaluation()
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    dtype: str = Field("auto", description="auto: float32 on CPU, the checkpoint's own on a GPU")
+    stream: bool = Field(False, description="hold one block's weights at a time")
+
+    @field_validator("sparsity", mode="after")
+    @classmethod
+    def _target_is_readable(cls, value: float | str) -> float | str:
+        Target.parse(value)
+        return value
+
+    @field_validator("scope")
+    @classmethod
+    def _scope_is_readable(cls, value: str | None) -> str | None:
+        return None if value is None else str(Scope.parse(value))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_quality(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("quality"):
+            quality = data["quality"]
+            if quality not in PRESETS:
+                return data  # the field's own message names the choices
+            return {**PRESETS[quality], **{k: v for k, v in data.items() if v is not None}}
+        return data
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Recipe:
+        target = self.target
+        if target.is_pattern and self.scope not in (None, "row"):
+            raise UsageError(
+                f"an N:M pattern is chosen inside groups of {target.group} inputs, so no scope applies",
+                field="scope",
+                value=self.scope,
+                fix="drop --scope, or give the sparsity as a number",
+            )
+        if target.is_pattern and self.allocation == "global":
+            raise UsageError(
+                "an N:M pattern is the same everywhere", field="allocation", value="global"
+            )
+        if self.propagate == "dense" and self.granularity == "true_sequential":
+            raise UsageError(
+                "true_sequential re-runs the pruned block, so it cannot propagate the dense one",
+                field="granularity",
+                value=self.granularity,
+                fix="use propagate: pruned",
+            )
+        if self.reconstruct == "dense" and self.propagate == "dense":
+            raise UsageError(
+                "with dense propagation the block's outputs are the dense model's already",
+                field="reconstruct",
+                value="dense",
+                fix="use propagate: pruned",
+            )
+        return self
+
+    @property
+    def target(self) -> Target:
+        """What is asked for, with any contradiction refused."""
+        return Target.parse(self.sparsity, self.pattern)
+
+    @classmethod
+    def build(cls, values: dict[str, Any]) -> Recipe:
+        """Validate ``values``; the first problem becomes a message that names field and fix."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _readable(error) from None
+
+    @classmethod
+    def load(cls, path: Path, **override: Any) -> Recipe:
+        """Read a YAML recipe; ``override`` replaces top-level keys."""
+        try:
+            values = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise UsageError(
+                f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)
+            ) from None
+        except yaml.YAMLError as error:
+            where = getattr(error, "problem_mark", None)
+            line = f" at line {where.line + 1}" if where else ""
+            raise UsageError(f"not YAML{line}", field="recipe", value=str(path)) from None
+        if not isinstance(values, dict):
+            raise UsageError("a recipe is a YAML mapping", field="recipe", value=str(path))
+        return cls.build({**values, **override})
+
+    def yaml(self) -> str:
+        """The recipe with every default resolved."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+_PARTS: dict[str, type[_Part]] = {"calibration": Calibration, "evaluation": Evaluation}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "wanda", "update": "none"},
+    "good": {"method": "sparsegpt", "update": "exact"},
+    "best": {"method": "sparsegpt", "update": "best"},
+}
+
+
+def _readable(error: ValidationError) -> SecateurError:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, SecateurError):
+        return cause
+    path = [str(p) for p in first["loc"] if p not in ("float", "str")]
+    field = ".".join(path) or "recipe"
+    if first["type"] == "extra_forbidden":
+        part: type[_Part] = Recipe
+        for key in path[:-1]:
+            part = _PARTS.get(key, part)
+        near = difflib.get_close_matches(path[-1], part.model_fields, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        known = ", ".join(part.model_fields)
+        return UsageError(
+            "no such setting", field=field, value=first["input"], fix=hint + f"known: {known}"
+        )
+    if first["type"] == "missing":
+        return UsageError("is required", field=field, fix=f"give '{field}'")
+    return UsageError(first["msg"].removeprefix("Value error, "), field=field, value=first["input"])

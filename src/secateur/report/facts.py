@@ -1,0 +1,181 @@
+"""What a result says, in sentences and figures; the templates only arrange it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateur.report import words
+
+Sentence = tuple[str, str]
+"""Tone (``good``, ``plain`` or ``caution``) and text."""
+
+Z95 = 1.96
+NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "gblm": "GBLM-Pruner", "ria": "RIA"}
+"""Methods whose proper name is not their word on the command line."""
+
+
+def subtitle(result: dict[str, Any]) -> str:
+    """``pruned to 50 % with SparseGPT`` in one line."""
+    totals, recipe = result.get("totals") or {}, result.get("recipe") or {}
+    asked = totals.get("pattern") or words.percent(totals.get("asked"))
+    line = f"{asked} pruned"
+    if recipe.get("method"):
+        line += f" with {NAMES.get(recipe['method'], recipe['method'])}"
+    update = recipe.get("update") or (result.get("resolved") or {}).get("update")
+    if update and update != "none":
+        line += f", survivors updated ({update})"
+    return line
+
+
+def verdicts(result: dict[str, Any]) -> list[Sentence]:
+    """The honest summary: what was delivered, what it cost, what it brings."""
+    return [
+        *_delivered(result),
+        *_quality(result),
+        *_bytes(result),
+        *_speed(result),
+    ]
+
+
+def _delivered(result: dict[str, Any]) -> list[Sentence]:
+    totals = result.get("totals")
+    if not totals:
+        return []
+    zeros, elements = totals["zeros"], totals["elements"]
+    wrong = [m for m in result.get("modules") or [] if m["asked_count"] != m["delivered_count"]]
+    asked = totals.get("pattern") or words.percent(totals["asked"])
+    text = f"Asked for {asked} of {words.count(elements)} weights"
+    if wrong:
+        return [("caution", f"{text}, but {len(wrong)} matrices got another count; see the table.")]
+    text += f"; {words.count(zeros)} are gone, exact in every matrix"
+    if result.get("verified"):
+        return [("good", f"{text}. Checked again after writing.")]
+    return [("caution", f"{text}, but the written files have not been verified.")]
+
+
+def _quality(result: dict[str, Any]) -> list[Sentence]:
+    quality = result.get("quality")
+    if not quality or not quality.get("pruned"):
+        return [("caution", "Quality was not measured, so nothing is known of what the cut cost.")]
+    pruned = quality["pruned"]["perplexity"]
+    if not quality.get("dense"):
+        return [
+            ("plain", f"Perplexity is {words.figure(pruned)}; the dense model was not measured.")
+        ]
+    dense = quality["dense"]["perplexity"]
+    text = f"Perplexity goes from {words.figure(dense)} to {words.figure(pruned)}"
+    text += f" ({words.change(dense, pruned)}), {loss_word(pruned / dense)}"
+    agreement = quality.get("top1_agreement")
+    if agreement is not None:
+        text += (
+            f"; the likeliest next token is the dense model's at {words.percent(agreement, 1)} "
+            "of positions"
+        )
+    return [("plain" if pruned / dense <= 1.1 else "caution", text + ".")]
+
+
+def loss_word(ratio: float) -> str:
+    """A fixed scale, so that no report can flatter itself."""
+    if ratio <= 1:
+        return "no loss by this measure"
+    for limit, word in ((1.02, "hardly any loss"), (1.1, "a small loss"), (1.3, "a clear loss")):
+        if ratio <= limit:
+            return word
+    return "a heavy loss" if ratio <= 3 else "a ruined model"
+
+
+def _bytes(result: dict[str, Any]) -> list[Sentence]:
+    disk = (result.get("size") or {}).get("disk") or {}
+    dense, bitmask = disk.get("dense"), disk.get("bitmask")
+    if not dense:
+        return []
+    pruned = disk.get("pruned")
+    text = ""
+    if pruned:
+        text = (
+            "The written folder is no smaller: zeros are stored like any other weight"
+            if pruned > 0.98 * dense
+            else f"The written folder takes {words.percent(pruned / dense, 1)} of the dense bytes"
+        )
+    if bitmask:
+        text += "; " if text else ""
+        text += (
+            f"the bitmask container takes {words.percent(bitmask / dense, 1)} of the dense bytes"
+        )
+    return [("plain", text[:1].upper() + text[1:] + ".")] if text else []
+
+
+def _speed(result: dict[str, Any]) -> list[Sentence]:
+    speed, totals = result.get("speed"), result.get("totals") or {}
+    if speed and speed.get("verdict"):
+        return [("plain", str(speed["verdict"]))]
+    text = "Speed was not measured."
+    if not totals.get("pattern") and totals.get("delivered"):
+        text += (
+            " Scattered zeros bring none with dense kernels: a 2:4 pattern on an Ampere or newer"
+            " GPU, or removing whole channels, can."
+        )
+    return [("plain", text)]
+
+
+def headlines(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The few figures at the top of the page: label, value, detail."""
+    out = []
+    totals = result.get("totals")
+    if totals:
+        detail = f"{words.short(totals['zeros'])} of {words.short(totals['elements'])} weights"
+        label = "pruned" + (f", {totals['pattern']}" if totals.get("pattern") else "")
+        out.append({"label": label, "value": words.percent(totals["delivered"]), "detail": detail})
+    quality = result.get("quality") or {}
+    if quality.get("pruned"):
+        pruned, dense = quality["pruned"]["perplexity"], quality.get("dense")
+        detail = ""
+        if dense:
+            before = dense["perplexity"]
+            detail = f"dense {words.figure(before)}, {words.change(before, pruned)}"
+        out.append({"label": "perplexity", "value": words.figure(pruned), "detail": detail})
+    if quality.get("top1_agreement") is not None:
+        kl = quality.get("kl")
+        detail = f"KL {words.figure(kl, 3)} nats per token" if kl is not None else ""
+        value = words.percent(quality["top1_agreement"], 1)
+        out.append({"label": "same next token", "value": value, "detail": detail})
+    disk = (result.get("size") or {}).get("disk") or {}
+    if disk.get("bitmask") and disk.get("dense"):
+        value = words.percent(disk["bitmask"] / disk["dense"], 1)
+        detail = f"{words.size(disk['bitmask'])} as bitmask, dense {words.size(disk['dense'])}"
+        out.append({"label": "of the dense bytes", "value": value, "detail": detail})
+    speed = result.get("speed") or {}
+    kind = next((k for k in ("decode", "prefill") if speed.get(k)), None)
+    if kind and speed[kind].get("ratio"):
+        ratio = speed[kind]["ratio"]
+        detail = f"{words.ratio(ratio.get('low'))} to {words.ratio(ratio.get('high'))}"
+        value = words.ratio(ratio["median"])
+        out.append({"label": f"dense {kind} speed", "value": value, "detail": detail})
+    return out
+
+
+def interval(measured: dict[str, Any]) -> tuple[float | None, float | None]:
+    """The 95 % interval of a perplexity from its standard error."""
+    error = measured.get("stderr")
+    if not error:
+        return None, None
+    return measured["perplexity"] - Z95 * error, measured["perplexity"] + Z95 * error
+
+
+def facts(record: Any, skip: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """A record as label and text pairs for a definition list; nested ones are joined."""
+    if not isinstance(record, dict):
+        return []
+    return [(str(k).replace("_", " "), _plain(v)) for k, v in record.items() if k not in skip]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(v) for v in value) or words.NOTHING
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: words.NOTHING}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

@@ -1,0 +1,123 @@
+"""Finished blocks on disk: written as they finish, taken up again by a resumed run."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.masks.store import load_masks, save_masks
+from secateur.models.anatomy import Block
+from secateur.models.saving import block_state
+from secateur.models.shards import Shard, write_shard
+from secateur.run.engine import BlockResult, Engine
+from secateur.run.folder import RunFolder
+
+BOUNDARY_SECONDS = 20.0
+"""Least time between two saved boundaries: a resumed run repeats at most this much work."""
+
+
+class Checkpoint:
+    """Saves each finished block of ``engine`` to ``folder`` and restores them.
+
+    A block's shard, masks and record come first and the boundary (the next block's inputs)
+    from time to time; blocks finished after the last boundary are done again, which gives the
+    same bytes. Without a folder nothing is kept.
+    """
+
+    def __init__(self, engine: Engine, folder: RunFolder | None, *, resident: bool) -> None:
+        self.engine = engine
+        self.folder = folder
+        self.resident = resident
+        self._last = time.monotonic()
+
+    def restore(self) -> list[BlockResult]:
+        """Results of the blocks that need not be done again, their weights put in the model."""
+        folder, replay = self.folder, self.engine.replay
+        if folder is None:
+            return []
+        records: list[dict[str, Any]] = []
+        for block in self.engine.view.blocks:
+            record = folder.block_record(block.index)
+            if record is None:
+                break
+            records.append(record)
+        if replay is not None and len(records) < len(self.engine.view.blocks):
+            boundary = folder.load_boundary(replay.device)
+            reached = self.engine.ranks.agreed(0 if boundary is None else boundary[0])
+            if boundary is not None and 0 < reached <= len(records):
+                self._take(boundary[1])
+                records = records[:reached]
+            else:
+                records = []
+        results = []
+        for block, record in zip(self.engine.view.blocks, records, strict=False):
+            if self.resident:
+                self._put_back(block)
+            masks = dict(load_masks(folder.mask_shard(block.index)))
+            results.append(
+                BlockResult(
+                    block.index, masks, record["modules"], record["error"], record["seconds"]
+                )
+            )
+        if results:
+            folder.event("resumed", blocks=len(results))
+        return results
+
+    def save(self, block: Block, result: BlockResult) -> None:
+        """Keep a finished block (still resident)."""
+        folder, replay = self.folder, self.engine.replay
+        if folder is None:
+            return
+        if self.engine.ranks.leads:
+            self._write(block, result, folder)
+        last = block.index + 1 == len(self.engine.view.blocks)
+        due = last or time.monotonic() - self._last > BOUNDARY_SECONDS
+        if replay is not None and self.engine.ranks.spread(0, due):
+            folder.save_boundary(block.index + 1, [*replay.hidden, *(self.engine.reference or [])])
+            self._last = time.monotonic()
+
+    def _take(self, hidden: list[Tensor]) -> None:
+        """Put a boundary's states back: the pruned stream's, then the dense one's if kept."""
+        replay = self.engine.replay
+        assert replay is not None
+        batches = len(replay.ids)
+        replay.hidden = hidden[:batches]
+        if self.engine.reference is not None:
+            self.engine.reference = hidden[batches:]
+
+    def _write(self, block: Block, result: BlockResult, folder: RunFolder) -> None:
+        state = block_state(self.engine.view, block)
+        write_shard(folder.shard(block.index), state)
+        own = _own_state(block)
+        if self.resident and own.keys() != state.keys():
+            # The checkpoint names are not the module's (fused experts): keep ours to resume from.
+            write_shard(self._aside(block), own)
+        save_masks(folder.mask_shard(block.index), result.masks, {"block": block.index})
+        record = {
+            "modules": result.modules,
+            "error": result.error,
+            "seconds": result.seconds,
+            "tensors": {k: [v.numel() * v.element_size(), v.numel()] for k, v in state.items()},
+        }
+        folder.save(f"blocks/{block.index:05d}.json", record)
+        folder.event("block", index=block.index, error=result.error, seconds=result.seconds)
+
+    def _aside(self, block: Block) -> Any:
+        assert self.folder is not None
+        return self.folder.inner / "state" / f"block-{block.index:05d}.safetensors"
+
+    @torch.no_grad()
+    def _put_back(self, block: Block) -> None:
+        assert self.folder is not None
+        aside = self._aside(block)
+        shard = Shard(aside if aside.exists() else self.folder.shard(block.index))
+        for matrix in block.matrices:
+            tensor = shard.read(matrix.key)
+            matrix.stored.copy_(tensor.to(matrix.stored))
+
+
+def _own_state(block: Block) -> dict[str, Tensor]:
+    return {f"{block.name}.{k}": v for k, v in block.module.state_dict().items()}

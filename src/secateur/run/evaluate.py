@@ -1,0 +1,84 @@
+"""Measure a model that lies on disk: perplexity, agreement with a dense one, choices, speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.data.windows import evaluation_windows
+from secateur.errors import UsageError
+from secateur.models.loading import Loaded, load
+from secateur.models.state import evaluating
+from secateur.progress import SILENT, Progress
+
+
+def evaluate_model(
+    model: str,
+    *,
+    text: str = "pydoc:test",
+    length: int = 512,
+    windows: int | None = None,
+    dense: str | None = None,
+    task: str | None = None,
+    limit: int | None = None,
+    speed: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Evaluate ``model`` (anything ``load`` opens, or a bitmask container).
+
+    Returns:
+        ``perplexity``, ``stderr``, ``protocol``; with ``dense`` also ``dense_perplexity``,
+        ``kl`` (nats per token) and ``top1_agreement``; with ``task`` ``accuracy`` instead.
+    """
+    loaded = load(model, dtype=dtype, device=device, progress=progress)
+    if task is not None:
+        from secateur.evaluation.choice import choice_accuracy
+
+        with evaluating(loaded.model):
+            return choice_accuracy(
+                _logits(loaded), loaded.tokenizer, task, limit=limit, progress=progress
+            )
+    from secateur.evaluation.perplexity import fidelity, perplexity
+
+    wanted = evaluation_windows(text, loaded.tokenizer, length, limit=windows)
+    if dense is None:
+        if speed:
+            raise UsageError("speed is a ratio: it needs a dense model", field="dense", value=None)
+        with evaluating(loaded.model):
+            measured = perplexity(_logits(loaded), wanted, progress)
+        return {
+            "perplexity": measured.value,
+            "stderr": measured.stderr,
+            "protocol": measured.protocol.record(),
+        }
+    reference = load(dense, dtype=dtype, device=device, tokenizer=False, progress=progress)
+    with evaluating(loaded.model), evaluating(reference.model):
+        both = fidelity(_logits(reference), _logits(loaded), wanted, progress)
+        record: dict[str, Any] = {
+            "perplexity": both["pruned"]["perplexity"],
+            "stderr": both["pruned"]["stderr"],
+            "dense_perplexity": both["dense"]["perplexity"],
+            "kl": both["kl"],
+            "top1_agreement": both["top1_agreement"],
+            "protocol": both["protocol"],
+        }
+        if speed:
+            from secateur.evaluation.speed import compare_speed
+
+            record["speed"] = compare_speed(reference.model, loaded.model, wanted.ids[:1])
+    return record
+
+
+def _logits(loaded: Loaded) -> Any:
+    device = next(loaded.model.parameters()).device
+
+    @torch.no_grad()
+    def logits(ids: Tensor) -> Tensor:
+        output: Tensor = loaded.model(input_ids=ids.to(device), use_cache=False).logits
+        return output
+
+    return logits

@@ -1,0 +1,83 @@
+"""The end of a run on disk: join the masks, write what lies outside the blocks, prove the zeros."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.allocation.plan import Plan
+from secateur.errors import VerificationError
+from secateur.masks.store import merge_masks
+from secateur.models.saving import outside_state, save_config_and_tokenizer
+from secateur.models.shards import write_index, write_shard
+from secateur.run.folder import RunFolder
+from secateur.run.session import Session
+
+OUTSIDE = "model-outside.safetensors"
+MASKS = "masks.safetensors"
+
+
+def finish_checkpoint(session: Session, folder: RunFolder) -> None:
+    """Make the folder an ordinary checkpoint; the index, which makes it one, comes last."""
+    outside = outside_state(session.view)
+    write_shard(folder.path / OUTSIDE, outside)
+    weight_map = dict.fromkeys(outside, OUTSIDE)
+    size = sum(t.numel() * t.element_size() for t in outside.values())
+    shards = []
+    for block in session.view.blocks:
+        record = folder.read(f"blocks/{block.index:05d}.json")
+        for name, (nbytes, _) in record["tensors"].items():
+            weight_map[name] = folder.shard(block.index).name
+            size += nbytes
+        shards.append(folder.mask_shard(block.index))
+    metadata = {
+        "method": session.recipe.method,
+        "target": str(session.recipe.target),
+        "scope": str(session.scope),
+    }
+    merge_masks(shards, folder.path / MASKS, metadata)
+    save_config_and_tokenizer(session.loaded.model, session.loaded.tokenizer, folder.path)
+    write_index(folder.path, weight_map, size)
+
+
+@torch.no_grad()
+def verify_zeros(
+    session: Session, plan: Plan, masks: dict[str, Tensor], folder: RunFolder | None
+) -> int:
+    """Check every mask against the plan, and every masked weight in memory against zero.
+
+    (A streamed model's weights are checked where they lie, by ``secateur verify``'s reader.)
+
+    Returns:
+        How many weights are gone.
+
+    Raises:
+        VerificationError: naming the matrix.
+    """
+    gone = 0
+    for matrix in session.view.matrices():
+        mask = masks.get(matrix.name)
+        if mask is None:
+            raise VerificationError(f"'{matrix.name}' has no mask")
+        count = int(mask.sum())
+        asked = plan.cut(matrix.name, session.scope).count
+        if count != asked:
+            raise VerificationError(f"'{matrix.name}' lost {count} weights, not {asked}")
+        if session.resident is None:
+            weight = matrix.tensor()
+            left = int((weight[mask.to(weight.device)] != 0).sum())
+            if left:
+                raise VerificationError(f"'{matrix.name}': {left} masked weights are not zero")
+        gone += count
+    if session.resident is not None and folder is not None:
+        from secateur.models.shards import Shard
+
+        for block in session.view.blocks:
+            shard = Shard(folder.shard(block.index))
+            for matrix in block.matrices:
+                stored = shard.read(matrix.key)
+                stored = stored if matrix.index is None else stored[matrix.index]
+                weight = stored.T if matrix.transposed else stored
+                if bool((weight[masks[matrix.name]] != 0).any()):
+                    raise VerificationError(f"'{matrix.name}': masked weights on disk are not zero")
+    return gone

@@ -1,0 +1,102 @@
+"""What a run measures: quality before and after, bytes, and speed on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.evaluation.perplexity import fidelity
+from secateur.evaluation.size import memory_bytes, predicted_bytes, weight_bytes
+from secateur.models.anatomy import ModelView
+from secateur.models.loading import load
+from secateur.models.streaming import StreamedModel
+from secateur.run.folder import RunFolder
+from secateur.run.session import Session
+
+
+def measure_quality(
+    session: Session, folder: RunFolder | None
+) -> Callable[[], dict[str, Any] | None]:
+    """Measure the dense model now; the returned function measures the pruned one and compares."""
+    windows = session.evaluation
+    if windows is None or not session.ranks.leads:
+        return lambda: None
+    with session.timed("evaluation"):
+        dense = session.states(windows)
+        path = None if folder is None else folder.inner / "state" / "dense.safetensors"
+        if path is None or not dense.load(path):
+            dense.compute(session.progress, "dense model, evaluating")
+            if path is not None:
+                dense.save(path)
+
+    def finish() -> dict[str, Any]:
+        with session.timed("evaluation"):
+            after = session if session.resident is None else _reopened(session, folder)
+            pruned = after.states(windows).compute(session.progress, "pruned model, evaluating")
+            return fidelity(dense.logits, pruned.logits, windows, session.progress)
+
+    return finish
+
+
+def _reopened(session: Session, folder: RunFolder | None) -> Session:
+    """A streamed model's session over the weights that now lie in the run's folder."""
+    assert folder is not None
+    dtype = next(session.loaded.model.parameters()).dtype
+    streamed = StreamedModel.open(folder.path, None, dtype, session.device)
+    view = ModelView.of(streamed.model, session.recipe.blocks)
+    return replace(session, view=view, resident=streamed.resident)
+
+
+def measure_size(
+    session: Session, folder: RunFolder | None, masks: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Bytes on disk and in memory, dense against pruned, and what the bitmask export would take."""
+    model = session.loaded.model
+    memory = memory_bytes(model)
+    pruned = memory if folder is None else weight_bytes(folder.path)
+    return {
+        "disk": {
+            "dense": memory,
+            "pruned": pruned,
+            **predicted_bytes(model, masks, session.recipe.target),
+        },
+        "memory": {"dense": memory, "pruned": memory},
+        "note": "an unstructured mask saves no memory in a dense tensor; the bitmask container does",
+    }
+
+
+def measure_speed(session: Session, *, owned: bool) -> dict[str, Any] | None:
+    """Tokens per second of the dense and the pruned model, alternating; None when not asked.
+
+    The dense model is loaded again, so this is left out (and said) when the weights were
+    streamed or when the model came from the caller.
+    """
+    evaluation = session.recipe.evaluation
+    if evaluation is None or not evaluation.speed or session.evaluation is None:
+        return None
+    if session.loaded.streamed is not None or not owned:
+        session.notes.append(
+            "speed was not measured: it needs the dense model beside the pruned one in memory"
+        )
+        return None
+    from secateur.evaluation.speed import compare_speed
+
+    recipe = session.recipe
+    with session.timed("speed"):
+        try:
+            dense = load(recipe.model, dtype=recipe.dtype, device=recipe.device, tokenizer=False)
+        except SecateurError as error:
+            session.notes.append(f"speed was not measured: {error.message}")
+            return None
+        with session.progress.stage("measuring speed"):
+            return compare_speed(
+                dense.model,
+                session.loaded.model,
+                session.evaluation.ids[:1],
+                seconds=evaluation.speed_seconds,
+                target=recipe.target,
+            )

@@ -1,0 +1,85 @@
+"""Dense and pruned logits on the same windows, without holding two models.
+
+Before the first cut the dense model's last hidden states are stored (tokens x width, small);
+its head does not change, so its logits can be had again at any time, one batch at a time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.data.windows import Windows
+from secateur.evidence.replay import Replay, Residency
+from secateur.files import replacing
+from secateur.models.anatomy import ModelView
+from secateur.progress import SILENT, Progress
+
+
+class FinalStates:
+    """The last hidden states of every evaluation window, and the logits that follow.
+
+    Args:
+        view: the model, as it is now.
+        windows: what is evaluated.
+        batch_tokens: tokens per forward.
+        device: where to compute.
+        resident: makes a block present (streaming).
+    """
+
+    def __init__(
+        self,
+        view: ModelView,
+        windows: Windows,
+        *,
+        batch_tokens: int,
+        device: torch.device | str,
+        resident: Residency | None = None,
+    ) -> None:
+        size = max(1, batch_tokens // windows.ids.shape[1])
+        self.replay = Replay(
+            view, windows.ids, windows.mask, batch_size=size, device=device, resident=resident
+        )
+        self.replay.start()
+        self._where = {
+            row.numpy().tobytes(): (b, i)
+            for b, ids in enumerate(self.replay.ids)
+            for i, row in enumerate(ids)
+        }
+
+    def compute(self, progress: Progress = SILENT, label: str = "evaluating") -> FinalStates:
+        """Run all blocks."""
+        self.replay.to_end(progress, label)
+        return self
+
+    def load(self, path: Path) -> bool:
+        """Take the states an earlier attempt saved; False when there are none that fit."""
+        if not path.exists():
+            return False
+        try:
+            tensors = load_file(path, device=str(self.replay.device))
+        except Exception:  # a torn file of a killed run: compute again
+            return False
+        saved = [tensors[k] for k in sorted(tensors)]
+        if [t.shape for t in saved] != [h.shape for h in self.replay.hidden]:
+            return False
+        self.replay.hidden = saved
+        return True
+
+    def save(self, path: Path) -> None:
+        """Keep the states for a resumed run."""
+        tensors = {f"{b:06d}": h.contiguous().cpu() for b, h in enumerate(self.replay.hidden)}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits (B, L, V) of windows given by their token ids (B, L), in any batching."""
+        out = []
+        for row in ids.cpu():
+            batch, i = self._where[row.contiguous().numpy().tobytes()]
+            out.append(self.replay.logits_of(batch, i))
+        return torch.cat(out)

@@ -1,0 +1,171 @@
+"""A loaded model and everything a recipe leaves to defaults, resolved; nothing changed yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from secateur import __version__
+from secateur.data.windows import Windows, calibration_windows, evaluation_windows
+from secateur.errors import UsageError
+from secateur.evidence.replay import Replay, Residency
+from secateur.masks.target import Scope
+from secateur.methods import Method, Need, methods
+from secateur.methods.base import Update
+from secateur.models.anatomy import Block, ModelView
+from secateur.models.loading import Loaded, load
+from secateur.progress import SILENT, Progress
+from secateur.recipe import Recipe
+from secateur.run.quality import FinalStates
+from secateur.run.ranks import Ranks
+
+
+@dataclass
+class Session:
+    """A loaded model and everything resolved from the recipe; the steps of a run share it."""
+
+    recipe: Recipe
+    loaded: Loaded
+    view: ModelView
+    method: Method
+    scope: Scope
+    update: Update
+    device: torch.device
+    progress: Progress
+    resident: Residency | None = None
+    calibration: Windows | None = None
+    evaluation: Windows | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Evidence of the method and of the survivors' update together."""
+        return needs(self.method, self.update)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of every matrix to prune."""
+        return {m.name: m.shape for m in self.view.matrices()}
+
+    def present(self, block: Block) -> AbstractContextManager[Any]:
+        """The block's weights in memory, as long as the context lasts."""
+        return nullcontext() if self.resident is None else self.resident(block)
+
+    @contextmanager
+    def timed(self, account: str) -> Iterator[None]:
+        """Add the time of a step to the run's record."""
+        start = time.perf_counter()
+        yield
+        self.timing[account] = self.timing.get(account, 0.0) + time.perf_counter() - start
+
+    def replay(self, windows: Windows, batch_size: int | None = None) -> Replay:
+        """A started replay of this rank's share of ``windows``."""
+        tokens = self.recipe.calibration.batch_tokens
+        size = batch_size or max(1, tokens // windows.ids.shape[1])
+        return Replay(
+            self.view,
+            self.ranks.share(windows.ids),
+            None if windows.mask is None else self.ranks.share(windows.mask),
+            batch_size=size,
+            device=self.device,
+            resident=self.resident,
+        ).start()
+
+    def states(self, windows: Windows) -> FinalStates:
+        """Evaluation states of the model as it is now (not yet computed)."""
+        return FinalStates(
+            self.view,
+            windows,
+            batch_tokens=self.recipe.calibration.batch_tokens,
+            device=self.device,
+            resident=self.resident,
+        )
+
+
+def resolve(recipe: Recipe) -> tuple[Method, Scope, Update]:
+    """The method, with what the recipe leaves open filled in from the method's defaults."""
+    method = methods[recipe.method].with_options(recipe.options)
+    scope = Scope.parse(recipe.scope) if recipe.scope else method.scope
+    return method, scope, recipe.update or method.update
+
+
+def needs(method: Method, update: Update) -> frozenset[Need]:
+    """Evidence of a method and of the survivors' update together."""
+    return method.requirements() | ({Need.GRAM} if update != "none" else frozenset())
+
+
+def prepare(
+    recipe: Recipe,
+    loaded: Loaded | None = None,
+    calibration: Any = None,
+    progress: Progress = SILENT,
+) -> Session:
+    """Load the model and resolve what the recipe leaves to defaults; nothing is changed yet."""
+    method, scope, update = resolve(recipe)
+    if recipe.reconstruct == "dense" and update == "none":
+        raise UsageError(
+            f"survivors are not updated with update={update!r}, so they cannot be fitted to anything",
+            field="reconstruct",
+            value="dense",
+            fix="--update exact, or reconstruct: block",
+        )
+    if loaded is None:
+        with progress.stage(f"loading {recipe.model}", total=1) as advance:
+            loaded = load(
+                recipe.model, dtype=recipe.dtype, device=recipe.device, stream=recipe.stream
+            )
+            advance(1)
+    streamed = loaded.streamed
+    view = ModelView.of(loaded.model, recipe.blocks, recipe.include, recipe.exclude)
+    session = Session(
+        recipe=recipe,
+        loaded=loaded,
+        view=view,
+        method=method,
+        scope=scope,
+        update=update,
+        device=loaded.device,
+        progress=progress,
+        resident=None if streamed is None else streamed.resident,
+        ranks=Ranks.from_environment(),
+    )
+    spec = recipe.calibration
+    if session.needs:
+        session.calibration = calibration_windows(
+            spec.text if calibration is None else calibration,
+            loaded.tokenizer,
+            samples=spec.samples,
+            length=spec.length,
+            seed=spec.seed,
+        )
+    if recipe.evaluation is not None and loaded.tokenizer is not None:
+        session.evaluation = evaluation_windows(
+            recipe.evaluation.text,
+            loaded.tokenizer,
+            recipe.evaluation.length,
+            limit=recipe.evaluation.windows,
+        )
+    return session
+
+
+def identity(session: Session) -> dict[str, Any]:
+    """Everything the pruned weights depend on, and nothing else."""
+    recipe = session.recipe.model_dump(mode="json")
+    for key in ("evaluation", "model", "stream", "device"):
+        recipe.pop(key)
+    return {
+        "secateur": __version__,
+        "model": session.loaded.fingerprint,
+        "calibration": None if session.calibration is None else session.calibration.fingerprint,
+        "threads": torch.get_num_threads() if session.device.type == "cpu" else None,
+        "device": session.device.type,
+        "ranks": session.ranks.world,
+        **{f"recipe.{k}": v for k, v in recipe.items()},
+    }

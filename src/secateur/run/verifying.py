@@ -1,0 +1,91 @@
+"""Proof after the fact: re-open what a run wrote and compare it with what it claims."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.errors import VerificationError
+from secateur.export.huggingface import reference_logits, verify_folder
+from secateur.files import replacing
+from secateur.masks.store import load_masks
+from secateur.progress import SILENT, Progress
+from secateur.run.folder import RunFolder
+from secateur.run.results import read_result
+from secateur.run.session import Session
+
+PROBE = "probe.safetensors"
+PROBE_TOKENS = 32
+
+
+def reopen(session: Session, folder: RunFolder) -> dict[str, Any]:
+    """Load the folder with plain transformers and compare its logits with the model in memory.
+
+    The few tokens and their logits stay in the folder, for ``secateur verify``.
+    A streamed model is not loaded as a whole: its zeros have been checked on disk.
+    """
+    if session.resident is not None:
+        return {"loaded": False, "why": "the weights were streamed"}
+    ids = _probe_ids(session)
+    logits = reference_logits(session.loaded.model, ids)
+    with replacing(folder.inner / PROBE) as temporary:
+        save_file({"ids": ids, "logits": logits}, temporary)
+    dtype = next(session.loaded.model.parameters()).dtype
+    return {"loaded": True, **verify_folder(folder.path, ids, logits, dtype=dtype)}
+
+
+def _probe_ids(session: Session) -> Tensor:
+    windows = session.evaluation or session.calibration
+    if windows is not None:
+        return windows.ids[:1, :PROBE_TOKENS].contiguous()
+    vocabulary = session.loaded.model.get_input_embeddings().weight.shape[0]
+    return (torch.arange(PROBE_TOKENS) * 7 % vocabulary)[None]
+
+
+def verify_run(
+    folder: Path, *, load_model: bool = True, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Check a finished run's masks, weights and logits against its record.
+
+    Returns:
+        ``checks``: a line for each thing proved.
+
+    Raises:
+        VerificationError: what does not hold.
+        UsageError: not a finished run.
+    """
+    report = read_result(folder)
+    masks = load_masks(folder)
+    with progress.stage("verifying", total=3) as advance:
+        counts = masks.counts()
+        for module in report["modules"]:
+            count = counts.get(module["name"])
+            if count != module["asked_count"]:
+                raise VerificationError(
+                    f"'{module['name']}': {module['asked_count']} weights were asked for, "
+                    f"the mask holds {count}"
+                )
+        checks = [f"{len(counts)} masks hold exactly what was asked, to the element"]
+        advance(1)
+        record = verify_folder(folder)
+        if record["masked"] != report["totals"]["zeros"]:
+            raise VerificationError(
+                f"{record['masked']} masked weights on disk, the report says {report['totals']['zeros']}"
+            )
+        checks.append(f"all {record['masked']:,} masked weights are exactly zero on disk")
+        advance(1)
+        probe = folder / "secateur" / PROBE
+        if load_model and probe.exists():
+            saved = load_file(probe)
+            found = verify_folder(folder, saved["ids"], saved["logits"])
+            checks.append(
+                "opens with AutoModelForCausalLM.from_pretrained and gives the recorded logits "
+                f"(largest difference {found['max_difference']:.2g})"
+            )
+            record |= found
+        advance(1)
+    return {"folder": str(folder), "verified": True, "checks": checks, **record}

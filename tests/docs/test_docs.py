@@ -1,0 +1,63 @@
+"""Every code block of the docs runs: ``python`` as Python, ``bash`` lines as commands.
+
+A fence with ``no-run`` is shown but not run (it needs a network, a large model or a GPU). The
+blocks of one page share a folder and, for Python, their names, from top to bottom.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from secateur.cli import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.M | re.S)
+
+
+def blocks(page):
+    for match in FENCE.finditer(page.read_text()):
+        language, flags, body = match.groups()
+        if language in ("python", "bash") and "no-run" not in flags:
+            yield language, body
+
+
+def commands(body):
+    """The ``secateur`` lines of a bash block, continuation lines joined."""
+    for line in body.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and words[0] == "secateur":
+            yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_code_blocks_run(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "docs"}
+    for language, body in blocks(page):
+        if language == "python":
+            exec(compile(body, page.name, "exec"), names)
+            continue
+        for words in commands(body):
+            code = main(words)
+            assert code == 0, (
+                f"{page.name}: secateur {shlex.join(words)}\n{capsys.readouterr().err}"
+            )
+
+
+def test_internal_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(
+            r"\]\(([^)#:]+\.(?:md|py|yaml|json|svg|png))[^)]*\)", page.read_text()
+        ):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_method_has_a_page():
+    from secateur.methods import methods
+
+    text = " ".join(p.read_text() for p in (ROOT / "docs").rglob("*.md"))
+    for name in methods:
+        assert f"`{name}`" in text, f"no page of the docs speaks of `{name}`"
