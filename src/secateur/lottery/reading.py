@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.lottery.network import Geometry, Layer, TargetNetwork
+from secateur.tensorfile import opened
 
 METADATA_KEY = "secateur.network"
 _PASSED_OVER = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten)
@@ -61,20 +61,9 @@ def from_file(path: str | Path) -> TargetNetwork:
     dense ReLU network: its 2-D ``*.weight`` tensors in natural order of their names, ``*.bias``
     beside them, ReLU between, nothing after the last.
     """
-    path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UsageError("there is no such file", field="network", value=str(path)) from None
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"not a safetensors file ({error})",
-            field="network",
-            value=str(path),
-            fix="save the network's state dict with safetensors.torch.save_file",
-        ) from None
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if METADATA_KEY in metadata:
         description: list[dict[str, Any]] = json.loads(metadata[METADATA_KEY])
         matrices = [tensors[f"matrix.{i}"] for i in range(len(description))]

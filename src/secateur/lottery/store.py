@@ -9,30 +9,27 @@ of the random network is stored.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur.errors import SecateurError, UsageError, VerificationError
+from secateur.errors import UsageError, VerificationError
 from secateur.lottery.certificate import Certificate
 from secateur.lottery.laws import Law
 from secateur.lottery.network import Box, Layer, TargetNetwork
 from secateur.lottery.philox import check_seed
 from secateur.lottery.reading import METADATA_KEY
 from secateur.lottery.ticket import Ints, Ticket, TicketLayer
+from secateur.tensorfile import opened, save_tensors
 
 FORMAT, VERSION = "secateur.lottery.ticket", 1
 
 
 def save_ticket(ticket: Ticket, path: str | Path, certificate: Certificate | None = None) -> None:
-    """Write the ticket (to a temporary file first, then renamed)."""
+    """Write the ticket, whole or not at all."""
     tensors: dict[str, Tensor] = {"box.low": ticket.box.low, "box.high": ticket.box.high}
     layers: list[dict[str, Any]] = []
     for number, (layer, kept) in enumerate(zip(ticket.target.layers, ticket.layers, strict=True)):
@@ -69,7 +66,7 @@ def save_ticket(ticket: Ticket, path: str | Path, certificate: Certificate | Non
     }
     if certificate is not None and certificate.witness is not None:
         tensors["witness"] = certificate.witness.contiguous()
-    write_tensors(tensors, Path(path), {FORMAT: json.dumps(header)})
+    save_tensors(path, tensors, {FORMAT: json.dumps(header)})
 
 
 def load_ticket(path: str | Path) -> tuple[Ticket, Certificate | None]:
@@ -78,17 +75,9 @@ def load_ticket(path: str | Path) -> tuple[Ticket, Certificate | None]:
     Raises:
         UsageError: not a ticket's file. VerificationError: its parts contradict each other.
     """
-    path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UsageError("there is no such file", field="ticket", value=str(path)) from None
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"not a safetensors file ({error})", field="ticket", value=str(path)
-        ) from None
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if FORMAT not in metadata:
         raise UsageError(
             "a safetensors file, but not a ticket",
@@ -159,22 +148,7 @@ def _layer(
 def save_network(target: TargetNetwork, path: str | Path) -> None:
     """Write a target with its architecture, for the command line."""
     tensors = {f"matrix.{i}": layer.matrix for i, layer in enumerate(target.layers)}
-    write_tensors(tensors, Path(path), {METADATA_KEY: json.dumps(target.description())})
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """safetensors, whole or not at all."""
-    if not path.parent.is_dir():
-        raise UsageError("there is no such folder", field="path", value=str(path.parent))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, name, metadata)
-        os.replace(name, path)
-    except OSError as error:
-        raise SecateurError(f"cannot write {path}: {error}") from None
-    finally:
-        Path(name).unlink(missing_ok=True)
+    save_tensors(path, tensors, {METADATA_KEY: json.dumps(target.description())})
 
 
 def _narrow(values: Ints) -> Tensor:
