@@ -61,7 +61,9 @@ class Certificate:
     @classmethod
     def from_record(cls, record: dict[str, Any], witness: Tensor | None) -> Certificate:
         """Back from JSON."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in record.items()
+        }
         return cls(**values, witness=witness)
 
 

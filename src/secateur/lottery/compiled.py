@@ -1,9 +1,9 @@
 """The searches' inner loops, compiled by numba; bit for bit the random weights of ``laws``.
 
-Everything here has a plain torch counterpart (``laws``, ``search``): tests hold the two together,
-and the torch one is used on GPUs and where numba is missing. Kernels release the interpreter lock, so that ``search`` can run one per
-core on slices of the pools. No fused multiply-adds are allowed
-(numba's default), so that a weight has the same bits everywhere.
+Everything here has a plain torch counterpart (``laws``, ``search_torch``): tests hold the two
+together, and the torch one is used on GPUs and where numba is missing. Kernels release the
+interpreter lock, so that ``search`` can run one per core on slices of the pools. No fused
+multiply-adds are allowed (numba's default), so that a weight has the same bits everywhere.
 """
 
 from __future__ import annotations
@@ -78,11 +78,13 @@ def _weight(code: Any, scale: Any, span: Any, high: Any, low: Any) -> Any:
 
 
 @njit(cache=True)
-def values(
-    law: Any, seed: Any, layer: Any, role: Any, pool: Any, neuron: Any, column: Any, out: Any
-) -> None:
-    """Fill ``out`` (float32) with the weights at 1-D uint64 addresses. ``law``: code, scale, span."""
+def values(law: Any, seed: Any, layer: Any, role: Any, addresses: Any, out: Any) -> None:
+    """Fill ``out`` (float32) with the weights at ``addresses``: pools, neurons, columns (uint64).
+
+    ``law``: code, scale, span.
+    """
     code, scale, span = law
+    pool, neuron, column = addresses
     tag = _U(layer) * _FOUR + _U(role)
     for i in range(out.size):
         high, low = _word_pair(_U(seed), tag, pool[i], neuron[i], column[i])
@@ -91,7 +93,15 @@ def values(
 
 @njit(cache=True)
 def _pool_in_weights(
-    law: Any, seed: Any, layer: Any, sign: Any, pool: Any, column: Any, size: Any, neurons: Any, a: Any
+    law: Any,
+    seed: Any,
+    layer: Any,
+    sign: Any,
+    pool: Any,
+    column: Any,
+    size: Any,
+    neurons: Any,
+    a: Any,
 ) -> Any:
     """Collect the neurons of a pool whose in-weight has ``sign``; returns how many."""
     code, scale, span = law
@@ -210,7 +220,9 @@ def _refine(remainder: Any, bits: Any, found: Any, value: Any, chosen: Any) -> A
 
 
 @njit(cache=True)
-def _sorted_sums(parts: Any, first: Any, last: Any, sums: Any, masks: Any, swap: Any, other: Any) -> Any:
+def _sorted_sums(
+    parts: Any, first: Any, last: Any, sums: Any, masks: Any, swap: Any, other: Any
+) -> Any:
     """All subset sums of parts[first:last], ascending, with their masks; returns their number."""
     sums[0], masks[0] = 0.0, _U(0)
     count = 1
@@ -274,8 +286,9 @@ def subsets(
 ) -> None:
     """Best subset sum for every demand (see ``search.subsets``).
 
-    Shapes: pools, columns, sizes, carried (P,); demand, residual (P, O); neurons (P, n) int32, -1
-    padded; masks (P, O) uint64. Where ``carried``, every in-weight is 1. Tries ``start`` parts first and more only while above ``tolerance``.
+    Shapes: pools, columns, sizes, carried (P,); demand, residual (P, O); neurons (P, n) int32,
+    -1 padded; masks (P, O) uint64. Where ``carried``, every in-weight is 1. Tries ``start`` parts
+    first and more only while above ``tolerance``.
     """
     code, scale, span = law
     out_tag = _U(layer) * _FOUR + _ONE
@@ -350,9 +363,7 @@ def single(
                 a = np.float64(abs(_weight(code, scale, span, high, low)))
                 if both and abs(a - root) > 0.5 * tolerance / scale:
                     continue
-                high, low = _word_pair(
-                    _U(seed), out_tag, _U(pools[p]), _U(m), _U(first_out[p] + o)
-                )
+                high, low = _word_pair(_U(seed), out_tag, _U(pools[p]), _U(m), _U(first_out[p] + o))
                 if (low & _ONE == 0) != (demand[p, o] > 0):
                     continue
                 b = np.float64(abs(_weight(code, scale, span, high, low)))

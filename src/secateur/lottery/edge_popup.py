@@ -141,9 +141,7 @@ class EdgePopup:
         generator = torch.Generator().manual_seed(self.seed)
         return self._convert(model, generator)
 
-    def fit(
-        self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress = SILENT
-    ) -> nn.Module:
+    def fit(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress = SILENT) -> nn.Module:
         """Convert ``model`` and train the mask on inputs ``x`` with class labels ``y``."""
         masked = self.convert(model).to(x.device).train()
         optimiser = torch.optim.SGD(

@@ -8,18 +8,16 @@ extra logarithm of the union bound.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
+from secateur.lottery.drawing import draw
 from secateur.lottery.philox import ROLE_IN, ROLE_OUT
 from secateur.lottery.search import Floats, Ints, Picks, Pools
 
 
-def bitwise(
-    pools: Pools, sign: int, demand: Floats, edges: Floats, kind: str, engine: str
-) -> Picks:
+def bitwise(pools: Pools, sign: int, demand: Floats, edges: Floats, kind: str) -> Picks:
     """Like ``search.bitwise``; ``kind`` is ``batch`` or ``matching``."""
     bits = len(edges) - 1
     neurons = np.full((*demand.shape, bits), -1, np.int64)
@@ -28,49 +26,28 @@ def bitwise(
     for p in range(len(demand)):
         if not demand[p].any():
             continue
-        usable, product, interval = _tile(pools, p, sign, demand[p], edges, engine)
+        usable, product, interval = _tile(pools, p, sign, demand[p], edges)
         slots, residual[p], empty[p] = assign(np.abs(demand[p]), product, interval, edges)
         neurons[p] = np.where(slots >= 0, usable[slots], -1)
     return Picks(neurons, residual, empty)
 
 
 def _tile(
-    pools: Pools, p: int, sign: int, demand: Floats, edges: Floats, engine: str
+    pools: Pools, p: int, sign: int, demand: Floats, edges: Floats
 ) -> tuple[Ints, Floats, Ints]:
     """Usable neurons (m,), products (m, O) and their intervals (m, O), -1 where unfit."""
     members = np.arange(pools.sizes[p])
-    a = draw(pools, ROLE_IN, p, members, pools.columns[p : p + 1], engine)[:, 0]
+    address = (pools.law, pools.seed, pools.layer)
+    a = draw(*address, ROLE_IN, pools.ids[p], members, pools.columns[p]).astype(np.float64)
     usable = members[a * sign > 0]
     outputs = pools.first_out[p] + np.arange(len(demand))
-    b = draw(pools, ROLE_OUT, p, usable, outputs, engine)
+    b = draw(*address, ROLE_OUT, pools.ids[p], usable[:, None], outputs).astype(np.float64)
     product = np.abs(a[a * sign > 0])[:, None] * np.abs(b)
     # searchsorted wants ascending ends; interval i is [edges[i + 1], edges[i]].
     interval = len(edges) - 1 - np.searchsorted(edges[::-1], product, side="left")
     fits = ((b > 0) == (demand > 0)) & (demand != 0)
     fits &= (product <= edges[0]) & (product >= edges[-1])
     return usable, product, np.where(fits, np.clip(interval, 0, len(edges) - 2), -1)
-
-
-def draw(pools: Pools, role: int, p: int, neurons: Ints, columns: Ints, engine: str) -> Floats:
-    """(neurons, columns) random weights of pool p, as float64."""
-    law, head = pools.law, (pools.seed, pools.layer, role)
-    if engine == "compiled":
-        from secateur.lottery import compiled
-
-        shape = (len(neurons), len(columns))
-        addresses = (
-            np.full(shape, pools.ids[p]),
-            np.broadcast_to(neurons[:, None], shape),
-            np.broadcast_to(columns, shape),
-        )
-        out = np.empty(shape, np.float32)
-        flat = (np.ascontiguousarray(x, dtype=np.uint64).ravel() for x in addresses)
-        constants = (law.code, float(law.scale), float(law.span))
-        compiled.values(constants, np.uint64(head[0]), *head[1:], *flat, out.reshape(-1))
-        return out.astype(np.float64)
-    pool = torch.tensor(int(pools.ids[p]))
-    rows, cols = torch.from_numpy(neurons)[:, None], torch.from_numpy(columns)
-    return np.asarray(law.values(*head, pool, rows, cols).double().numpy())
 
 
 def _first_come(

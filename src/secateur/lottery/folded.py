@@ -133,9 +133,7 @@ def fold_layer(
         extra[:, :, 0] = rounding
         slack[:, : extra[0].numel()] += extra.flatten(1)
     terms = int(count.sum(1).max()) if count.numel() else 0
-    return FoldedLayer(
-        layer, positive, negative, intended, slack, gross, terms, copies, carried
-    )
+    return FoldedLayer(layer, positive, negative, intended, slack, gross, terms, copies, carried)
 
 
 def pruned_network(target: TargetNetwork, matrices: Sequence[Tensor]) -> FoldedNetwork:

@@ -105,9 +105,7 @@ def propagate(network: FoldedNetwork, box: Box, unit: float | None = None) -> Ne
         seen.append(LayerBounds(low_c, high_c, error_c, float(gap.max()) if gap.numel() else 0.0))
         base_low, base_high = (layer.columns(x)[0] for x in (low, high))
         pre_low, pre_high = enclose(layer, base_low, base_high)
-        low, high = (
-            layer.activate(layer.geometry.assemble(x[None])) for x in (pre_low, pre_high)
-        )
+        low, high = (layer.activate(layer.geometry.assemble(x[None])) for x in (pre_low, pre_high))
         low, high = widen(low, -1), widen(high, +1)
         error = folded.assemble(new_error[None])
     return NetworkBounds(tuple(seen), error[0].reshape(-1))

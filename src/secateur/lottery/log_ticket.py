@@ -92,7 +92,7 @@ class LogTicket(Construction):
         """See ``search.bitwise`` and ``exclusive``."""
         edges = interval_ends(plan, ratio(self.base))
         if self.pools in ("batch", "matching"):
-            picks = exclusive.bitwise(pools, sign, demand, edges, self.pools, engine)
+            picks = exclusive.bitwise(pools, sign, demand, edges, self.pools)
         else:
             picks = bitwise(pools, sign, demand, edges, self.refine, engine)
         pool, output, slot = (picks.neurons >= 0).nonzero()
@@ -129,7 +129,7 @@ class LogTicket(Construction):
 
 def interval_ends(plan: Plan, gamma: float) -> Floats:
     """``w_max gamma^i``, i = 0..k, from the law's scale."""
-    return plan.law.scale**2 * gamma ** np.arange(plan.bits + 1)
+    return np.asarray(plan.law.scale**2 * gamma ** np.arange(plan.bits + 1), np.float64)
 
 
 def product_probabilities(law: Law, gamma: float, bits: int) -> Floats:

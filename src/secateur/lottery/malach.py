@@ -48,9 +48,7 @@ class MalachTicket(Construction):
         w_max = task.w_max
         if w_max == 0:
             return Plan(Law("uniform", 1.0), 0, task.tolerance, per_weight=True)
-        weights = sum(
-            t.layer.matrix.shape[0] * int(t.rises.sum() + t.falls.sum()) for t in tasks
-        )
+        weights = sum(t.layer.matrix.shape[0] * int(t.rises.sum() + t.falls.sum()) for t in tasks)
         # Both factors on [-s, s] with s^2 = 2 w_max: at the very edge the product's density is 0.
         law = Law("uniform", math.sqrt(2 * w_max))
         chance = hit_probability(w_max, task.tolerance, law.scale, self.match)

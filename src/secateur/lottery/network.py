@@ -41,7 +41,8 @@ class Geometry:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Geometry:
         """Back from JSON."""
-        return cls(**{k: None if v is None else tuple(v) for k, v in record.items()})
+        values: dict[str, Any] = {k: v if v is None else tuple(v) for k, v in record.items()}
+        return cls(**values)
 
     def columns(self, x: Tensor) -> Tensor:
         """(batch, *inputs) -> (batch, positions, columns)."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from secateur.errors import MissingExtra, UsageError
+from secateur.lottery.drawing import have_numba
 from secateur.lottery.laws import Law
 
 Engine = Literal["auto", "compiled", "torch", "cuda"]
@@ -106,22 +106,10 @@ class Subsets:
     residual: Floats
 
 
-@cache
-def have_numba() -> bool:
-    """Whether the compiled engine can run."""
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def resolve(engine: str) -> str:
     """``auto`` made concrete: cuda where there is a GPU, else compiled, else torch."""
     if engine == "auto":
-        return (
-            "cuda" if torch.cuda.is_available() else ("compiled" if have_numba() else "torch")
-        )
+        return "cuda" if torch.cuda.is_available() else ("compiled" if have_numba() else "torch")
     if engine == "compiled" and not have_numba():
         raise MissingExtra("numba", "lottery", "engine='compiled'")
     if engine == "cuda" and not torch.cuda.is_available():
@@ -182,7 +170,7 @@ def subsets(
         rows: list[Any] = [pools.ids, pools.columns, pools.sizes, pools.carried]
         rows += [np.ascontiguousarray(demand), ..., ..., ..., neurons, masks, residual]
         on_all_cores(compiled.subsets, head, rows, [n, min(start, n), tolerance])
-        return Subsets(neurons, masks, residual)
+        return Subsets(neurons.astype(np.int64), masks, residual)
     from secateur.lottery import search_torch
 
     return search_torch.subsets(pools, sign, demand, n, start, tolerance, engine)

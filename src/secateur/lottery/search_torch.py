@@ -6,9 +6,11 @@ Same arguments and results as ``search``; chunks keep the working set near ``TIL
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.lottery.philox import ROLE_IN, ROLE_OUT
@@ -33,7 +35,7 @@ class _Tile:
     def __init__(
         self, pools: Pools, part: slice, sign: int, outputs: int, device: torch.device
     ) -> None:
-        def column(array: Ints) -> Tensor:
+        def column(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array[part].astype(np.int64)).to(device)[:, None]
 
         self.pools, self.sign = pools, sign
@@ -123,9 +125,7 @@ def _greedy(
     return chosen, rest, missing.sum(dim=1)
 
 
-def _refine(
-    rest: Tensor, chosen: Tensor, value: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor]:
+def _refine(rest: Tensor, chosen: Tensor, value: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(2):
         for i in reversed(range(value.shape[2])):
             current = torch.where(

@@ -55,9 +55,7 @@ def weight_accuracies(
     if rule == "theorem":
         return _theorem(target, box, eps)
     if rule not in ("box", "actual"):
-        raise UsageError(
-            "unknown rule", field="eps_rule", value=rule, fix="box, theorem or actual"
-        )
+        raise UsageError("unknown rule", field="eps_rule", value=rule, fix="box, theorem or actual")
     shares = _sensitivities(target, box)
     share = [eps / (len(shares) * s) if s > 0 else math.inf for s in shares]
     low, high = 0.0, 1.0

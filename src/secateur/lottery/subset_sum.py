@@ -105,4 +105,4 @@ def edges_of(found: Subsets, demand: Floats, plan: Plan) -> Found:
     pool, output, slot = taken.nonzero()
     neuron = found.neurons[pool, slot].astype(np.int64)
     short = (found.neurons < 0).any(axis=1) & (found.residual > plan.tolerance).any(axis=1)
-    return Found(pool, output, neuron, found.residual, short.astype(np.int64))
+    return Found(pool, output, neuron, found.residual, np.asarray(short, np.int64))

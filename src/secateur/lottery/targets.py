@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def train_mlp(
 def mlp(sizes: tuple[int, ...], bias: bool = True) -> nn.Sequential:
     """Linear layers of these sizes with ReLU between."""
     parts: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in pairwise(sizes):
         parts += [nn.Linear(inputs, outputs, bias), nn.ReLU()]
     return nn.Sequential(*parts[:-1])
 

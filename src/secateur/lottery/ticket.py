@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.errors import VerificationError
+from secateur.lottery.drawing import draw
 from secateur.lottery.folded import FoldedLayer, FoldedNetwork, fold_layer
 from secateur.lottery.laws import Law
 from secateur.lottery.network import Box, Layer, TargetNetwork
@@ -60,16 +61,15 @@ class TicketLayer:
     def in_weights(self, seed: int, number: int, layer: Layer) -> Tensor:
         """(edges,) float32 in-weight of each edge's neuron; 1 where the input is carried."""
         pool = self.pool_of_edges(layer.matrix.shape[1])
-        addresses = (torch.from_numpy(x) for x in (pool, self.neuron, self.column))
-        drawn = self.law.values(seed, number, ROLE_IN, *addresses)
-        drawn[torch.from_numpy(self.is_carried(layer))] = 1.0
-        return drawn
+        drawn = draw(self.law, seed, number, ROLE_IN, pool, self.neuron, self.column)
+        return torch.from_numpy(np.where(self.is_carried(layer), np.float32(1), drawn))
 
     def out_weights(self, seed: int, number: int, layer: Layer) -> Tensor:
         """(edges,) float32 out-weight of each edge."""
         pool = self.pool_of_edges(layer.matrix.shape[1])
-        addresses = (torch.from_numpy(x) for x in (pool, self.neuron, self.output))
-        return self.law.values(seed, number, ROLE_OUT, *addresses)
+        return torch.from_numpy(
+            draw(self.law, seed, number, ROLE_OUT, pool, self.neuron, self.output)
+        )
 
     def check(self, layer: Layer, name: str) -> None:
         """Refuse edges that are not edges of the random network, or that occur twice."""

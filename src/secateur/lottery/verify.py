@@ -88,7 +88,7 @@ def verify_ticket(
         checks.append(Check("certificate", False, "the file holds none"))
     else:
         checks += _certificate(ticket, folded, certificate)
-        checks.append(_float32_run(ticket, samples))
+        checks.append(_float32_run(ticket, folded, samples))
     return Verification(ticket, tuple(checks))
 
 
@@ -96,9 +96,7 @@ def _weights(ticket: Ticket, folded: FoldedNetwork) -> Check:
     found = [layer.weight_error for layer in propagate(folded, ticket.box).layers]
     accepted = sum(r["failed_weights"] for r in ticket.history.get("layers", []))
     # Of copies, each may be off by weight_eps times the sum it stands in.
-    near = all(
-        f <= w * (1 + 1e-6) + 1e-12 for f, w in zip(found, ticket.weight_eps, strict=True)
-    )
+    near = all(f <= w * (1 + 1e-6) + 1e-12 for f, w in zip(found, ticket.weight_eps, strict=True))
     words = f"largest error {max(found):.3g}, asked {max(ticket.weight_eps):.3g}"
     if accepted:
         words += f"; {accepted} recorded as further off"
@@ -127,10 +125,10 @@ def _certificate(ticket: Ticket, folded: FoldedNetwork, claimed: Certificate) ->
     return checks
 
 
-def _float32_run(ticket: Ticket, samples: int) -> Check:
+def _float32_run(ticket: Ticket, folded: FoldedNetwork, samples: int) -> Check:
     """The masked network itself, in float32, stays within its own proved bound of the target."""
     x = points(ticket.seed, samples, ticket.box.low, ticket.box.high).float()
-    limit = float(propagate(ticket.fold(), ticket.box, FLOAT32).error.max())
+    limit = float(propagate(folded, ticket.box, FLOAT32).error.max())
     run = MaskedNetwork(ticket).run(x).double()
     with torch.no_grad():
         gap = float((run - ticket.target.forward(x.double())).abs().max())

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.lottery.decomposition import bits_needed, ratio, slot_probability
-from secateur.lottery.exclusive import draw
+from secateur.lottery.drawing import draw
 from secateur.lottery.experiments.base import Experiment, Table, fit_line, powers
 from secateur.lottery.laws import Law
 from secateur.lottery.malach import hit_probability
@@ -112,21 +112,19 @@ def _bitwise(base: str, kind: str = "hyperbolic") -> Callable[..., Counts]:
     """Neurons until every bit has a product of the right signs."""
 
     def count(w: NDArray[np.float64], eps: float, seed: int) -> Counts:
-        gamma, engine = ratio(base), resolve("auto")
-        engine = "torch" if engine == "cuda" else engine
+        gamma = ratio(base)
         bits = bits_needed(1.0, eps, gamma)
         span = bits * math.log(1 / gamma) if kind == "hyperbolic" else 0.0
         law = Law(kind, 1.0, span)  # type: ignore[arg-type]
         edges = gamma ** np.arange(bits + 1)
-        pools = _pools(law, len(w), 0, seed)
         block = 512 if kind == "hyperbolic" else 65536
         result = np.zeros(len(w))
         for p, weight in enumerate(w):
             open_bits, begin = np.ones(bits, bool), 0
             while open_bits.any():
                 neurons = np.arange(begin, begin + block)
-                a = draw(pools, ROLE_IN, p, neurons, np.zeros(1, np.int64), engine)[:, 0]
-                b = draw(pools, ROLE_OUT, p, neurons, np.zeros(1, np.int64), engine)[:, 0]
+                a = draw(law, seed, 0, ROLE_IN, p, neurons, 0).astype(np.float64)
+                b = draw(law, seed, 0, ROLE_OUT, p, neurons, 0).astype(np.float64)
                 product = np.where((a > 0) & (b * weight > 0), np.abs(a * b), 0.0)
                 interval = bits - np.searchsorted(edges[::-1], product, side="left")
                 for i in open_bits.nonzero()[0]:
