@@ -10,6 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -81,18 +82,22 @@ class Task:
     falls: Tensor
     weight_eps: float
 
-    @property
+    @cached_property
     def tolerance(self) -> float:
         """What each half may be off by, so that both together stay within ``weight_eps``."""
         both = bool((self.rises & self.falls).any())
         return self.weight_eps / (1 + self.layer.inner_slope * both)
 
-    @property
+    @cached_property
     def halves(self) -> list[tuple[int, NDArray[np.float64]]]:
         """See ``sizing.demands``."""
         return demands(self.layer, self.rises, self.falls)
 
-    @property
+    def demands(self, plan: Plan) -> list[tuple[int, NDArray[np.float64]]]:
+        """``halves``, or the whole matrix where copies carry the input with its sign."""
+        return [(1, self.layer.matrix.numpy())] if plan.carried else self.halves
+
+    @cached_property
     def w_max(self) -> float:
         """Largest sum any half has to reach."""
         return max((float(np.abs(matrix).max()) for _, matrix in self.halves), default=0.0)
@@ -288,7 +293,7 @@ class Construction(ABC):
         for attempt in range(self.attempts):
             failed = np.zeros(len(pools.ids), bool)
             short = empty = 0
-            for sign, matrix in task.halves:
+            for sign, matrix in task.demands(plan):
                 demand = arrange(matrix.repeat(plan.copies, axis=0), plan)[todo]
                 found = self.search(pools.take(todo), plan, sign, demand, engine, attempt)
                 misses = found.residual > plan.tolerance

@@ -69,8 +69,8 @@ class MaskedLayer(nn.Module):
         matrix = torch.sparse_coo_tensor(
             self.out_index, self.out_weight.to(x.dtype), self.shape, check_invariants=False
         )
-        y = torch.sparse.mm(matrix, hidden.reshape(-1, width).T)
-        y = layer.activate(y.T.reshape(batch, positions, -1))
+        y = torch.sparse.mm(matrix, hidden.reshape(batch * positions, width).T)
+        y = layer.activate(y.T.reshape(batch, positions, self.shape[0]))
         return y[:, 0] if self.kept.copies > 1 else layer.geometry.assemble(y)
 
     def _columns(self, x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def on_all_cores(kernel: Any, head: tuple[Any, ...], rows: list[Any], rest: list
     count = len(next(array for array in rows if isinstance(array, np.ndarray)))
     workers = max(1, torch.get_num_threads())
     # More slices than threads: pools differ in cost.
-    step = max(1, math.ceil(count / (4 * workers)))
+    step = count if workers == 1 else max(1, math.ceil(count / (4 * workers)))
 
     def part(begin: int) -> None:
         others = iter(rest)
@@ -80,6 +80,9 @@ def on_all_cores(kernel: Any, head: tuple[Any, ...], rows: list[Any], rest: list
             *(next(others) if row is ... else row[begin : begin + step] for row in rows),
         )
 
+    if workers == 1:
+        part(0)
+        return
     with ThreadPoolExecutor(workers) as threads:
         list(threads.map(part, range(0, count, step)))
 

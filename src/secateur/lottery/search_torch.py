@@ -100,8 +100,8 @@ def _candidates(
     interval = (torch.searchsorted(-ends, -product, right=False) - 1).clamp(0, bits - 1)
     key = torch.where(fits, interval * size + neurons, bits * size)
     key, _ = key.sort(dim=2)
-    starts = torch.arange(bits, device=key.device) * size
-    begin = torch.searchsorted(key, starts.expand(*key.shape[:2], -1).contiguous())
+    starts = (torch.arange(bits, device=key.device) * size).expand(*key.shape[:2], -1).contiguous()
+    begin = torch.searchsorted(key.contiguous(), starts)
     place = begin[..., None] + torch.arange(depth, device=key.device)
     found = key.gather(2, place.clamp(max=size - 1).flatten(2)).view_as(place)
     valid = (place < size) & (found // size == torch.arange(bits, device=key.device)[:, None])
