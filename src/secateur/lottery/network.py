@@ -125,8 +125,8 @@ class Box:
                     field="domain",
                 )
             return domain
-        low, high = domain.split(",") if isinstance(domain, str) else domain
         try:
+            low, high = domain.split(",") if isinstance(domain, str) else domain
             ends = [torch.as_tensor(_number(end), dtype=torch.float64) for end in (low, high)]
             return cls(*(end.expand(tuple(shape)).clone() for end in ends))
         except (ValueError, TypeError, RuntimeError):

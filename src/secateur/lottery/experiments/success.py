@@ -20,7 +20,7 @@ FRACTIONS = (1.0, 0.5, 0.3)
 
 def run(quick: bool, seed: int, progress: Progress) -> Experiment:
     """Tickets for one small target over many seeds; a failure is any needed slot left empty."""
-    runs = 40 if quick else 400
+    runs = 15 if quick else 400
     target = from_module(he_mlp((6, 5, 3)))
     rows: list[dict[str, Any]] = []
     with progress.stage("success", total=len(DELTAS) * runs, unit="tickets") as advance:
