@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from secateur.models.loading import Loaded
 from secateur.progress import SILENT, Progress
-from secateur.recipe import Calibration, Evaluation, Recipe
+from secateur.recipe import Evaluation, Recipe
 from secateur.run.evaluate import evaluate_model as evaluate
 from secateur.run.runner import Result, execute
 
@@ -21,13 +22,13 @@ def prune(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
-    method: str = "wanda",
+    method: str | None = None,
     sparsity: float | str = 0.5,
     calibration: Any = "pydoc",
     samples: int = 64,
     length: int = 512,
     seed: int = 0,
-    evaluation: str | None = None,
+    evaluation: str | Mapping[str, Any] | Evaluation | None = None,
     out: str | Path | None = None,
     fresh: bool = False,
     progress: Progress = SILENT,
@@ -39,12 +40,13 @@ def prune(
         model: hub id, folder, GGUF file, ``"demo"``, ``"tiny"``, or a transformers model in
             memory, which is then pruned in place.
         tokenizer: needed with a model in memory, unless ``calibration`` is tokens already.
-        method: see ``secateur methods``.
+        method: see ``secateur methods``; by default ``wanda``, or what ``quality`` says.
         sparsity: in [0, 1), or ``"2:4"``: keep two of every four.
         calibration: a text file or named corpus, a list of texts, an (N, L) tensor of token
             ids, or an iterable of ``{"input_ids": ..., "attention_mask": ...}``.
         samples, length, seed: how many windows of how many tokens are drawn, and which.
-        evaluation: text to measure quality on, dense against pruned; None measures nothing.
+        evaluation: text to measure quality on, dense against pruned, or the fields of
+            ``secateur.recipe.Evaluation``; None measures nothing.
         out: a run's folder (resumable, with report); None keeps everything in memory.
         fresh: throw away what an earlier run left in ``out``.
         progress: ``secateur.progress.RichProgress()`` draws bars.
@@ -64,13 +66,15 @@ def prune(
         0.5
     """
     text = str(calibration) if isinstance(calibration, str | Path) else "given"
+    if method is None and not settings.get("quality"):
+        method = "wanda"
     recipe = Recipe.build(
         {
             "model": str(model) if isinstance(model, str | Path) else "given",
-            "method": method,
+            **({} if method is None else {"method": method}),
             "sparsity": sparsity,
-            "calibration": Calibration(text=text, samples=samples, length=length, seed=seed),
-            "evaluation": None if evaluation is None else Evaluation(text=evaluation),
+            "calibration": {"text": text, "samples": samples, "length": length, "seed": seed},
+            "evaluation": {"text": evaluation} if isinstance(evaluation, str) else evaluation,
             **settings,
         }
     )

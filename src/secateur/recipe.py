@@ -7,6 +7,7 @@ unless the field's description says otherwise.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,18 @@ from secateur.errors import SecateurError, UsageError
 from secateur.masks.target import Scope, Target
 
 Quality = Literal["fast", "good", "best"]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``2:4`` as written; YAML 1.1 takes it for 2 x 60 + 4 = 124."""
+
+
+_INT = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
 
 
 class _Part(BaseModel):
@@ -152,7 +165,7 @@ class Recipe(_Part):
     def load(cls, path: Path, **override: Any) -> Recipe:
         """Read a YAML recipe; ``override`` replaces top-level keys."""
         try:
-            values = yaml.safe_load(path.read_text())
+            values = yaml.load(path.read_text(), Loader=_Loader)
         except OSError as error:
             raise UsageError(
                 f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)
@@ -175,7 +188,12 @@ _PARTS: dict[str, type[_Part]] = {"calibration": Calibration, "evaluation": Eval
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "update": "none"},
     "good": {"method": "sparsegpt", "update": "exact"},
-    "best": {"method": "sparsegpt", "update": "best"},
+    "best": {
+        "method": "sparsegpt",
+        "update": "best",
+        "reconstruct": "dense",
+        "granularity": "true_sequential",
+    },
 }
 
 

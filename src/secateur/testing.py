@@ -1,7 +1,7 @@
 """A contract kit: proves that a method behaves, in the manner of scikit-learn's check_estimator.
 
-    from secateur.testing import check_method
-    check_method(MyMethod())
+from secateur.testing import check_method
+check_method(MyMethod())
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _TARGETS = ("0", "0.3", "0.5", "0.9", "2:4", "1:4")
 _SCOPES = ("row", "layer", "block:4")
 
 
-def example_evidence(method: Method, shape: tuple[int, int], seed: int = 0) -> tuple[Tensor, Evidence]:
+def example_evidence(
+    method: Method, shape: tuple[int, int], seed: int = 0
+) -> tuple[Tensor, Evidence]:
     """A weight (d_out, d_in) and the evidence ``method`` asks for, from random correlated data."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
@@ -80,7 +82,9 @@ def check_method(method: Method) -> None:
         assert int(result.mask.sum()) == cut.count, f"not exactly the asked count: {where}"
         if cut.keep is not None and cut.group is not None:
             gone = result.mask.reshape(shape[0], -1, cut.group).sum(-1)
-            assert bool((gone == cut.group - cut.keep).all()), f"not {cut.keep}:{cut.group}: {where}"
+            assert bool((gone == cut.group - cut.keep).all()), (
+                f"not {cut.keep}:{cut.group}: {where}"
+            )
         assert result.weight.shape == weight.shape, f"the weight has another shape: {where}"
         assert result.weight.dtype == weight.dtype, f"the dtype changed: {where}"
         assert result.weight.device == weight.device, f"the device changed: {where}"

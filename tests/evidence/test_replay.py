@@ -92,9 +92,16 @@ def test_linears_with_one_input_share_one_statistic():
     replay = Replay(view, windows()).start()
     found, _ = gather_inputs(replay, view.blocks[0], gram=True)
     groups = [[n.rpartition(".")[2] for n in g] for g in found.order]
-    assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert groups == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
     prefix = view.blocks[0].name
-    assert found.moments[f"{prefix}.self_attn.q_proj"] is found.moments[f"{prefix}.self_attn.v_proj"]
+    assert (
+        found.moments[f"{prefix}.self_attn.q_proj"] is found.moments[f"{prefix}.self_attn.v_proj"]
+    )
 
 
 def test_padded_tokens_do_not_count():

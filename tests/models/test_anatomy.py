@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from secateur.errors import NumericsError, UsageError
@@ -14,6 +16,8 @@ from secateur.models.tiny import FAMILIES, tiny_model
 
 SWIGLU = ["q", "k", "v", "o", "gate", "up", "down"]
 PLAIN = ["q", "k", "v", "o", "fc1", "fc2"]
+# transformers 5 fuses experts into 3-D parameters; 4 keeps three linears an expert.
+EXPERT = ["gate_up", "down"] if transformers.__version__ >= "5" else ["gate", "up", "down"]
 FUSED = ["qkv", "o", "fc1", "fc2"]
 EXPECTED = {
     **dict.fromkeys(["llama", "smollm3", "mistral", "qwen2", "qwen3"], SWIGLU),
@@ -21,8 +25,9 @@ EXPECTED = {
     **dict.fromkeys(["opt", "phi"], PLAIN),
     **dict.fromkeys(["gpt2", "gpt_neox", "bloom", "falcon", "falcon_gqa"], FUSED),
     "phi3": ["qkv", "o", "gate_up", "down"],
-    **dict.fromkeys(["mixtral", "qwen3_moe"], ["q", "k", "v", "o"] + 4 * ["gate_up", "down"]),
-    "qwen2_moe": SWIGLU + 4 * ["gate_up", "down"],
+    "mixtral": ["q", "k", "v", "o"] + 4 * EXPERT,
+    "qwen3_moe": ["q", "k", "v", "o"] + 4 * EXPERT,
+    "qwen2_moe": SWIGLU + 4 * EXPERT,
 }
 
 
@@ -165,3 +170,19 @@ def test_quantised_linears_are_refused_with_the_way_out(layer: nn.Module) -> Non
     model.model.layers[1].mlp.up_proj = layer
     with pytest.raises(UsageError, match=r"layers.1.mlp.up_proj' is quantised.*\n.*dequantize"):
         ModelView.of(model)
+
+
+def test_offloaded_models_are_refused(tmp_path: Path) -> None:
+    from accelerate import cpu_offload
+
+    model = tiny_model("llama")
+    cpu_offload(model)
+    with pytest.raises(UsageError, match=r"offloaded(.|\n)*stream=True"):
+        ModelView.of(model)
+
+
+def test_attention_that_hides_its_inputs_is_left_out() -> None:
+    layers = [nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2)]
+    view = ModelView.of(nn.Sequential(nn.ModuleList(layers)))
+    assert [m.name for m in view.blocks[0].matrices] == ["0.0.linear1", "0.0.linear2"]
+    assert "shows nobody" in view.excluded["0.1.self_attn.out_proj"]

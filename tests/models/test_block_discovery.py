@@ -12,6 +12,7 @@ from transformers import AlbertConfig, AutoModel, BertConfig, T5Config
 from secateur.errors import UsageError
 from secateur.models.anatomy import ModelView
 from secateur.models.discovery import candidates
+from secateur.models.saving import block_state, outside_state
 
 
 class _Layer(nn.Module):
@@ -99,6 +100,25 @@ def test_a_model_that_repeats_one_block_is_refused() -> None:
     )
     with pytest.raises(UsageError, match="same weights"):
         ModelView.of(_auto(config))
+
+
+class _OtherLayer(_Layer): ...
+
+
+def test_a_hybrid_of_several_kinds_of_layer_is_one_list() -> None:
+    model = nn.Module()
+    model.stack = nn.ModuleList([_Layer(8), _OtherLayer(8), _Layer(8)])
+    assert len(ModelView.of(model).blocks) == 3
+
+
+def test_a_model_that_is_nothing_but_blocks() -> None:
+    view = ModelView.of(nn.Sequential(_Layer(8), _Layer(8)))
+    assert [b.name for b in view.blocks] == ["0", "1"]
+    assert view.matrices()[0].name == "0.up"
+    assert outside_state(view) == {}
+    assert set(block_state(view, view.blocks[1])) == {
+        f"1.{name}.{kind}" for name in ("up", "down", "parts.0.0") for kind in ("weight", "bias")
+    }
 
 
 def test_inner_lists_are_not_candidates() -> None:

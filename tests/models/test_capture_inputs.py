@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from secateur.models.anatomy import Matrix, ModelView, capture_inputs
 from secateur.models.capture import eager_experts
 from secateur.models.tiny import FAMILIES, tiny_model
 
+fused = pytest.mark.skipif(transformers.__version__ < "5", reason="experts are linears there")
 MOE = ["mixtral", "qwen3_moe", "qwen2_moe"]
 
 
@@ -37,8 +39,9 @@ def test_every_matrix_is_reported_with_its_own_inputs(family: str, ids: Tensor) 
     assert torch.allclose(dense, watched, atol=1e-5)
     for matrix in linears:
         assert [id(x) for x in captured[matrix.name]] == [id(hooked[matrix.name])]
-        # OPT and shared experts flatten batch and length; all tokens are there either way.
-        assert captured[matrix.name][0].reshape(2, 16, -1).shape[-1] == matrix.shape[1]
+        assert captured[matrix.name][0].shape[-1] == matrix.shape[1]
+        if ".experts." not in matrix.name:  # all tokens, flattened (OPT) or not
+            assert captured[matrix.name][0].numel() == ids.numel() * matrix.shape[1]
     assert not any(m.module._forward_pre_hooks for m in view.matrices())
 
 
@@ -57,6 +60,7 @@ def test_linears_that_share_an_input_get_the_same_object(ids: Tensor) -> None:
     assert list(groups.values()) == [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
 
 
+@fused
 @pytest.mark.parametrize("family", MOE)
 def test_experts_see_just_the_tokens_routed_to_them(family: str, ids: Tensor) -> None:
     """Oracle: the router's choice, and the expert's formula, worked out by hand."""
@@ -91,6 +95,7 @@ def test_experts_see_just_the_tokens_routed_to_them(family: str, ids: Tensor) ->
         assert torch.allclose(middle, experts.act_fn(gate) * up, atol=1e-5)
 
 
+@fused
 def test_experts_are_captured_in_a_backward_pass_too(ids: Tensor) -> None:
     model = tiny_model("mixtral")
     view = ModelView.of(model)
@@ -101,6 +106,7 @@ def test_experts_are_captured_in_a_backward_pass_too(ids: Tensor) -> None:
     assert sum("experts" in name for name in seen) > 8
 
 
+@fused
 def test_everything_is_as_before_after_an_exception(ids: Tensor) -> None:
     model = tiny_model("mixtral")
     view = ModelView.of(model)
@@ -125,6 +131,7 @@ def test_eager_experts_ignores_modules_without_a_choice() -> None:
         pass
 
 
+@fused
 def test_transposed_experts_are_seen_through_matmul(ids: Tensor) -> None:
     from transformers import AutoModelForCausalLM, GptOssConfig
 
@@ -154,3 +161,40 @@ def test_transposed_experts_are_seen_through_matmul(ids: Tensor) -> None:
             assert seen[matrix.name][-1] == matrix.shape[1]
     tokens = sum(shape[0] for name, shape in seen.items() if "gate_up_proj" in name)
     assert tokens == 2 * ids.numel()
+
+
+@fused
+def test_experts_multiplied_all_at_once_report_their_own_tokens(ids: Tensor) -> None:
+    """Llama 4 hands every expert all tokens, most of them zeroed; one expert a token counts."""
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=264,
+        hidden_size=48,
+        intermediate_size=32,
+        intermediate_size_mlp=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+        pad_token_id=0,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    view = ModelView.of(model)
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+
+    def note(matrix: Matrix, inputs: Tensor) -> None:
+        assert inputs.shape[-1] == matrix.shape[1]
+        if matrix.index is not None:
+            assert capture.rows is not None
+            assert inputs.ne(0).any(-1).all()
+            rows[matrix.name.split(".")[-2]].append(capture.rows)
+
+    with torch.no_grad(), capture_inputs(view.matrices(), note) as capture:
+        model(ids)
+    for seen in rows.values():
+        assert torch.equal(torch.cat(seen).sort().values, torch.arange(ids.numel()))
+    assert set(rows) == {"gate_up_proj", "down_proj"}

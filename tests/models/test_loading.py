@@ -114,6 +114,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (lambda f: _config(f, model_type="t5", is_encoder_decoder=True), "'t5' is not a causal"),
         (lambda f: _config(f, quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\)"),
         (lambda f: _config(f, intermediate_size=64), "could not be loaded|lacks"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "an adapter"),
         (_cut, "truncated"),
         (_pickled, "pickles"),
         (lambda f: _edit(f, lambda s: s.pop(UP)), f"lacks 1 of the model's tensors, first '{UP}'"),
@@ -194,6 +195,7 @@ def test_bad_weights_are_named() -> None:
     with pytest.raises(NumericsError, match=r"layers.1.fc1.bias' .* 1 of 96"):
         check_weights(model)
     check_weights({"codes": torch.tensor([1, 2])})
+    check_weights({"large": torch.full((4,), 3e38)})  # the sum overflows, the weights do not
 
 
 @pytest.mark.parametrize("fail", [False, True])

@@ -9,10 +9,14 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
 from secateur.errors import SecateurError
+
+# typer carries its own click, whose base error it does not export by name.
+CLICK_ERROR: type[Any] = typer.BadParameter.__mro__[2]
 
 # In the order --help shows them; none imports torch before it is called.
 COMMANDS = (
@@ -45,8 +49,6 @@ importlib.import_module("secateur.cli.listing").add_to(app)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. User errors show no traceback."""
-    import click
-
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = app(arguments, standalone_mode=False)
@@ -57,11 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
-    except KeyboardInterrupt:
-        return _interrupted()
-    except click.ClickException as error:
+    except CLICK_ERROR as error:
         if "--json" in arguments:
             record = {"error": error.format_message(), "exit_code": error.exit_code}
             print(json.dumps(record, ensure_ascii=False))

@@ -27,7 +27,7 @@ def methods_command(as_json: common.Json = False) -> None:
             {
                 "name": name,
                 "summary": kind.summary,
-                "needs": sorted(kind.needs),
+                "needs": sorted(kind().requirements()),
                 "scope": str(kind.scope),
                 "update": kind.update,
                 "options": {f.name: f.default for f in fields(kind)},

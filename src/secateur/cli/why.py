@@ -63,13 +63,13 @@ def _explain(record: dict[str, Any]) -> None:
     histogram = m.get("histogram")
     if histogram:
         common.say(
-            f"scores, log10, of {histogram['sampled']:,} weights ([red]gone[/red], [green]kept[/green]):"
+            f"scores, log10, of {histogram['sampled']:,} weights ([red]x gone[/red], [green]# kept[/green]):"
         )
         edges, gone, kept = histogram["edges"], histogram["pruned"], histogram["kept"]
         top = max(g + k for g, k in zip(gone, kept, strict=True)) or 1
         for i, (g, k) in enumerate(zip(gone, kept, strict=True)):
             if g + k:
-                bars = f"[red]{'#' * round(50 * g / top)}[/red][green]{'#' * round(50 * k / top)}[/green]"
+                bars = f"[red]{'x' * round(50 * g / top)}[/red][green]{'#' * round(50 * k / top)}[/green]"
                 common.say(f"{edges[i]:>8.2f}  {bars}")
     for note in m.get("notes", []):
         common.say(f"[yellow]note[/yellow] {note}")

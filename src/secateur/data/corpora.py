@@ -128,33 +128,37 @@ def _pydoc(part: str) -> list[str]:
 
 
 def _wikitext(part: str) -> list[str]:
-    """WikiText-2 v1 detokenised, from the local data folder or through ``datasets``."""
-    folder = data_folder()
-    file = folder / "wikitext-2" / f"{part}.txt" if folder else None
-    if file is not None and file.is_file():
-        text = file.read_text(encoding="utf-8")
-    else:
-        text = "".join(row or "\n" for row in _hub_rows("wikitext-2-v1", part))
-    return [cleaning.detokenised_wikitext(text)]
+    """WikiText-2 v1 in ordinary writing."""
+    return [cleaning.detokenised_wikitext("".join(r or "\n" for r in _rows("wikitext-2", part)))]
 
 
 def _wikitext_raw(part: str) -> list[str]:
     """WikiText-2 raw: the rows joined by blank lines, as the published perplexities have it."""
-    return ["\n\n".join(_hub_rows("wikitext-2-raw-v1", part))]
+    return ["\n\n".join(_rows("wikitext-2-raw", part))]
 
 
-def _hub_rows(configuration: str, split: str) -> list[str]:
+def _rows(name: str, part: str) -> list[str]:
+    """The lines of WikiText, blank ones empty: the local folder's, else through ``datasets``."""
+    folder = data_folder()
+    file = folder / name / f"{part}.txt" if folder else None
+    if file is None or not file.is_file():
+        return _hub_rows(name, part)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line if line.strip() else "" for line in lines]
+
+
+def _hub_rows(name: str, part: str) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise MissingExtra("datasets", "data", f"the corpus {configuration}") from None
-    published = "validation" if split == "valid" else split
+        raise MissingExtra("datasets", "data", f"the corpus {name}") from None
+    split = "validation" if part == "valid" else part
     try:
-        rows = load_dataset("Salesforce/wikitext", configuration, split=published)
+        rows = load_dataset("Salesforce/wikitext", f"{name}-v1", split=split)
     except Exception as error:
         raise SecateurError(
-            f"'datasets' could not load {configuration}, part {published}: {error}",
-            fix=f"put wikitext-2/{split}.txt in a folder and name it in SECATEUR_DATA, "
+            f"'datasets' could not load {name}, part {split}: {error}",
+            fix=f"put {name}/{part}.txt in a folder and name it in SECATEUR_DATA, "
             "or choose the corpus 'pydoc' (no download)",
         ) from error
     return list(rows["text"])
@@ -184,7 +188,7 @@ CORPORA: dict[str, Corpus] = {
             "wikitext-2-raw",
             "WikiText-2 raw, as published perplexities use it",
             "CC-BY-SA-3.0",
-            "the data set Salesforce/wikitext",
+            "$SECATEUR_DATA/wikitext-2-raw, else the data set Salesforce/wikitext",
             parts={"train": "train", "valid": "valid", "test": "test"},
             read=_wikitext_raw,
         ),

@@ -37,6 +37,8 @@ def sequences(source: Any, at_most: int | None) -> tuple[Tensor, Tensor | None]:
     Raises:
         UsageError: nothing in it, or not token ids.
     """
+    if isinstance(source, Tensor) and source.dim() != 2:
+        raise _not_ids(source, f"token ids are whole numbers (N, L), not {tuple(source.shape)}")
     rows: list[tuple[Tensor, Tensor]] = []
     try:
         items = iter(source)

@@ -16,7 +16,7 @@ class Protocol:
     """Everything a perplexity depends on besides the model.
 
     Attributes:
-        data: name of the text, or ``tokens``.
+        dataset: name of the text, or ``tokens``.
         sha256: of the text's documents, or of the tokens where there was no text.
         split: part of the text.
         length: tokens in a window; longer windows give lower figures.
@@ -27,7 +27,7 @@ class Protocol:
         tokenizer: short hash of its vocabulary; a perplexity is per token.
     """
 
-    data: str
+    dataset: str
     sha256: str
     split: str
     length: int
@@ -43,7 +43,7 @@ class Protocol:
         """The protocol of measuring on ``windows``, of which ``tokens`` are predicted."""
         text = windows.record.get("text") or {}
         return cls(
-            data=text.get("name", "tokens"),
+            dataset=text.get("name", "tokens"),
             sha256=text.get("sha256", windows.fingerprint),
             split=text.get("split", "all"),
             length=windows.length,

@@ -66,7 +66,7 @@ def predicted_bytes(
     bitmask = 0
     for mask in masks.values():
         rows = mask.numel() // mask.shape[-1]
-        kept = mask.numel() - int(mask.sum())
+        kept = mask.numel() - int(mask.count_nonzero())
         bitmask += kept * itemsize + rows * ((mask.shape[-1] + 7) // 8 + 4)
     halves = None
     if target is not None and (target.keep, target.group) == (2, 4):

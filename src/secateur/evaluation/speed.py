@@ -149,15 +149,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _summary(
-    times: dict[str, dict[str, list[float]]], part: str, tokens: int
-) -> dict[str, dict[str, float]]:
+def _summary(times: dict[str, dict[str, list[float]]], part: str, tokens: int) -> dict[str, Any]:
     dense, pruned = (
         torch.tensor(times[name][part], dtype=torch.float64) for name in ("dense", "pruned")
     )
     return {
         "dense": _quartiles(tokens / dense),
         "pruned": _quartiles(tokens / pruned),
+        "unit": "tokens/s",
         "ratio": _quartiles(dense / pruned),
     }
 

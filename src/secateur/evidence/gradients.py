@@ -12,6 +12,7 @@ for a chunk of sequences, then each block is recomputed and differentiated by it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,9 +31,10 @@ Norms = tuple[str, ...]
 
 def sequence_loss(logits: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
     """Sum over sequences of each one's mean next-token cross-entropy (nats); shapes (B,L,V), (B,L)."""
+    # Tokens as rows: the softmax over the vocabulary then runs over contiguous memory.
     losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"
-    )
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+    ).view(len(ids), -1)
     if keep is None:
         return losses.mean(1).sum()
     real = (keep[:, 1:] & keep[:, :-1]).float()
@@ -53,7 +55,7 @@ def _accumulating(
     def fold(key: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                sums[key].update(parameter.grad)
+                sums[key].update(parameter.grad, consume=True)
                 parameter.grad = None
 
         return hook
@@ -169,9 +171,10 @@ def _head_gradient(replay: Replay, batch: int, hidden: Tensor) -> Tensor:
 
 
 def _finite(loss: Tensor, sequence: int) -> None:
-    if not bool(torch.isfinite(loss)):
+    value = float(loss.detach())
+    if not math.isfinite(value):
         raise NumericsError(
-            f"the loss of calibration sequence {sequence} is {float(loss)}",
+            f"the loss of calibration sequence {sequence} is {value}",
             fix="use --dtype float32, or check the weights and the tokenizer",
         )
 

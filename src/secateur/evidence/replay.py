@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError, UsageError
+from secateur.evidence.statistics import all_finite
 from secateur.models.anatomy import Block, ModelView
 from secateur.progress import SILENT, Progress
 
@@ -217,7 +218,7 @@ class Replay:
 
     def checked(self, block: Block, output: Tensor) -> Tensor:
         """``output``, or an error naming the block that made it NaN or infinite."""
-        if not bool(torch.isfinite(output).all()):
+        if not all_finite(output):
             raise NumericsError(
                 f"block '{block.name}' gives NaN or infinite activations",
                 fix="use --dtype float32 (half precision overflows in some models), "

@@ -14,6 +14,34 @@ from torch import Tensor
 from secateur.errors import NumericsError
 
 
+_STRIP = 192  # features whose products with all later ones are one GEMM
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """True if no entry is NaN or infinite.
+
+    One bad entry makes the sum bad, and a sum is read many times faster than a mask is made;
+    a bad sum may be mere overflow, so only then every entry is looked at.
+    """
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """total += x^T x for x (tokens, d), total symmetric (d, d).
+
+    On a CPU each strip of rows is multiplied from the diagonal on and mirrored, which saves
+    up to half of the work; on a GPU one product is faster than many.
+    """
+    size = x.shape[1]
+    if x.device.type != "cpu" or size <= _STRIP:
+        total.addmm_(x.T, x)
+        return
+    for start in range(0, size, _STRIP):
+        stop = start + _STRIP
+        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        total[stop:, start:stop] = total[start:stop, stop:].T
+
+
 class InputMoments:
     """Second moments of the inputs ``X`` (tokens, d_in) of a linear layer.
 
@@ -47,7 +75,7 @@ class InputMoments:
         if self.gram is None:
             self.diagonal += x.square().sum(0)
         else:
-            self.gram.addmm_(x.T, x)
+            add_gram(self.gram, x)
             self.diagonal = self.gram.diagonal()
 
     @torch.no_grad()
@@ -89,7 +117,7 @@ class InputMoments:
         Raises:
             NumericsError: a sum is not finite.
         """
-        if not torch.isfinite(self.diagonal).all():
+        if not all_finite(self.diagonal):
             bad = int((~torch.isfinite(self.diagonal)).sum())
             raise NumericsError(
                 f"the inputs of '{name}' are not finite in {bad} of {self.diagonal.numel()} features",
@@ -131,18 +159,21 @@ class GradientMoments:
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, gradient: Tensor) -> None:
-        """Add the gradient of one sample, (d_out, d_in)."""
+    def update(self, gradient: Tensor, *, consume: bool = False) -> None:
+        """Add the gradient of one sample, (d_out, d_in).
+
+        With ``consume`` its memory may be overwritten: nothing of its size is allocated.
+        """
         g = gradient.to(torch.float32)
         for norm in self.norms:
             if norm not in self.sums:
                 self.sums[norm] = torch.zeros_like(g)
-        if "l1" in self.sums:
-            self.sums["l1"] += g.abs()
         if "l2" in self.sums:
             self.sums["l2"].addcmul_(g, g)
         if "signed" in self.sums:
             self.sums["signed"] += g
+        if "l1" in self.sums:
+            self.sums["l1"] += g.abs_() if consume else g.abs()
         self.samples += 1
 
     def merge(self, other: GradientMoments) -> None:

@@ -17,7 +17,7 @@ A method's core is a pure function on tensors. Writing one takes a dozen lines::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
@@ -81,12 +81,27 @@ class Method(ABC):
             evidence: what ``requirements`` asked for.
         """
 
-    def decide(self, weight: Tensor, evidence: Evidence, cut: Cut) -> Decision:
-        """Choose what goes. The default ranks by ``score``; SparseGPT chooses while it updates."""
+    def decide(
+        self, weight: Tensor, evidence: Evidence, cut: Cut, gone: Tensor | None = None
+    ) -> Decision:
+        """Choose what goes. The default ranks by ``score``; SparseGPT chooses while it updates.
+
+        Args:
+            weight: (d_out, d_in), float32.
+            evidence: what ``requirements`` asked for.
+            cut: how much goes, and in what scope or pattern.
+            gone: (d_out, d_in) bool, weights that are zero already and go first.
+        """
         from secateur.masks.selection import select
 
         score = self.score(weight, evidence)
-        return Decision(select(score, cut, evidence.name), None, score)
+        ranked = score if gone is None else score.masked_fill(gone, float("-inf"))
+        return Decision(select(ranked, cut, evidence.name), None, score)
+
+    @property
+    def inexact(self) -> bool:
+        """True if the count may miss the cut's by a few: only when an original is repeated."""
+        return False
 
     @classmethod
     def with_options(cls, options: dict[str, Any]) -> Method:
@@ -101,3 +116,46 @@ class Method(ABC):
                     fix=f"options: {', '.join(known) or 'none'}",
                 )
         return cls(**options)
+
+
+@dataclass(frozen=True)
+class Published(Method):
+    """A method whose original code can be repeated, its counting mistakes included.
+
+    Attributes:
+        compat: ``"reference"`` for the masks of the authors' code bit for bit (given the same
+            statistics); they may miss the count by an element a group, more where scores tie.
+    """
+
+    compat: Literal["", "reference"] = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        one_of("compat", self.compat, ("", "reference"))
+
+    @property
+    def inexact(self) -> bool:
+        """See ``Method.inexact``."""
+        return self.compat == "reference"
+
+    def decide(
+        self, weight: Tensor, evidence: Evidence, cut: Cut, gone: Tensor | None = None
+    ) -> Decision:
+        """See ``Method.decide``; the originals know nothing of ``gone``."""
+        from secateur.masks.selection import select_reference
+
+        if self.compat != "reference":
+            return super().decide(weight, evidence, cut, gone)
+        score = self.score(weight, evidence)
+        return Decision(select_reference(score, cut, evidence.name), None, score)
+
+
+def one_of(field: str, value: object, known: tuple[str, ...]) -> None:
+    """Refuse an option that is not among the known ones.
+
+    Raises:
+        UsageError: naming the option, its value and the known ones.
+    """
+    if value not in known:
+        raise UsageError(
+            "unknown", field=field, value=value, fix=f"one of {', '.join(map(repr, known))}"
+        )

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.models.capture import capture_inputs, expert_inputs
-from secateur.models.discovery import find_blocks, is_conv1d, is_experts, is_linear
+from secateur.models.discovery import (
+    experts_transposed,
+    find_blocks,
+    is_conv1d,
+    is_experts,
+    is_linear,
+)
 from secateur.models.families import Attention, Family, family_of, is_router, role_of
 from secateur.models.matrix import Matrix
 
@@ -75,13 +81,13 @@ class ModelView:
             UsageError: no clear list of blocks; a pattern that matches nothing; quantised,
                 LoRA-wrapped or shared weights.
         """
-        _refuse_adapters(model)
+        _refuse_wrapped(model)
         family = family_of(getattr(text_config(model), "model_type", None))
         path, modules = find_blocks(model, family, blocks)
         excluded: dict[str, str] = {}
         found = []
         for index, module in enumerate(modules):
-            name = f"{path}.{index}"
+            name = f"{path}.{index}" if path else str(index)
             found.append(Block(index, name, module, find_matrices(module, name, family, excluded)))
         view = cls(model, path, found, family, excluded)
         view._refuse_shared()
@@ -176,16 +182,20 @@ def find_matrices(
 ) -> list[Matrix]:
     """Every matrix below ``root``, whose own name is ``prefix``; routers go to ``excluded``."""
     out: list[Matrix] = []
+    # torch's own attention multiplies by its output projection without calling the module.
+    unheard = {t for t, m in root.named_modules() if isinstance(m, nn.MultiheadAttention)}
     for tail, module in root.named_modules():
         name = f"{prefix}.{tail}" if tail else prefix
         _refuse_packed(name, module)
         if is_router(name, family) and not list(module.children()):
             excluded[name] = "a router: it chooses the experts"
+        elif tail.rpartition(".")[0] in unheard:
+            excluded[name] = "inside nn.MultiheadAttention, which shows nobody its inputs"
         elif is_linear(module):
             role = role_of(name, family)
             out.append(Matrix(name, module, transposed=is_conv1d(module), role=role))
         elif is_experts(module):
-            transposed = bool(getattr(module, "is_transposed", False))
+            transposed = experts_transposed(module)
             for parameter, value in module._parameters.items():
                 if value is None or value.dim() != 3:
                     continue
@@ -198,8 +208,8 @@ def find_matrices(
     return out
 
 
-def _refuse_adapters(model: nn.Module) -> None:
-    """LoRA-wrapped linears hold two weights in one; pruning either alone means nothing."""
+def _refuse_wrapped(model: nn.Module) -> None:
+    """LoRA holds two weights in one linear; offloading keeps a weight where we cannot write it."""
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "merge"):
             raise UsageError(
@@ -207,6 +217,13 @@ def _refuse_adapters(model: nn.Module) -> None:
                 field="model",
                 value=type(model).__name__,
                 fix="merge it first: model = model.merge_and_unload()",
+            )
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise UsageError(
+                f"'{name}' is offloaded by accelerate",
+                field="model",
+                value=type(model).__name__,
+                fix="load it without device_map, or give the folder and stream=True",
             )
 
 

@@ -1,8 +1,9 @@
 """Watching the inputs of matrices during a forward pass.
 
 Linears are watched by forward pre-hooks. Experts fused in a 3-D parameter are not modules,
-so a torch function mode watches ``linear`` and ``matmul`` for weights that are slices of it;
-meanwhile transformers' batched expert kernels are switched off, for they never make slices.
+so a torch function mode watches ``linear`` and ``matmul`` for weights that are slices of it,
+and ``bmm`` for the whole (Llama 4 gives every expert all tokens, zeroed unless they are its
+own); meanwhile transformers' batched expert kernels are switched off: they make no slices.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from secateur.models.matrix import Matrix
 
 Callback = Callable[[Matrix, Tensor], None]
 
+_BATCHED = {torch.bmm, Tensor.bmm}
 _PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 
 
@@ -54,6 +56,14 @@ class _ExpertMode(TorchFunctionMode):
         self.hidden = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         self.rows = None
 
+    def _report(self, matrix: Matrix, inputs: Tensor, rows: Tensor | None) -> None:
+        if not len(inputs):
+            return
+        self.capture.rows = rows
+        with torch._C.DisableTorchFunction():
+            self.callback(matrix, inputs)
+        self.capture.rows = None
+
     def __torch_function__(
         self,
         func: Any,
@@ -67,10 +77,13 @@ class _ExpertMode(TorchFunctionMode):
             matrix = self.by_address.get(weight.data_ptr())
             if matrix is not None and weight.dim() == 2:
                 known = self.rows is not None and self.rows.numel() == inputs.shape[0]
-                self.capture.rows = self.rows if known else None
-                with torch._C.DisableTorchFunction():
-                    self.callback(matrix, inputs)
-                self.capture.rows = None
+                self._report(matrix, inputs, self.rows if known else None)
+        elif func in _BATCHED:
+            inputs, weight = (*args, *kwargs.values())[:2]
+            if weight.data_ptr() in self.by_address:
+                for each, slice_ in zip(inputs, weight, strict=True):
+                    rows = each.ne(0).any(-1).nonzero().flatten()
+                    self._report(self.by_address[slice_.data_ptr()], each[rows], rows)
         elif func is Tensor.__getitem__ and args[0] is self.hidden:
             index = args[1]
             if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1:

@@ -29,23 +29,46 @@ def is_experts(module: nn.Module) -> bool:
     return fused and named
 
 
+def experts_transposed(module: nn.Module) -> bool:
+    """True if the experts' parameters are (expert, d_in, d_out) rather than (expert, out, in).
+
+    transformers says so itself on most experts; on the others the width that
+    ``gate_up_proj`` takes in tells.
+    """
+    declared = getattr(module, "is_transposed", None)
+    if declared is not None:
+        return bool(declared)
+    first = module._parameters.get("gate_up_proj")
+    hidden = getattr(module, "hidden_size", None) or getattr(module, "hidden_dim", None)
+    if first is None or hidden is None or first.shape[-1] == first.shape[-2]:
+        return type(module).__name__ == "Llama4TextExperts"
+    return bool(first.shape[-2] == hidden)
+
+
 def _weights_in(module: nn.Module) -> int:
     """Number of prunable weights below ``module``."""
     found = (m for m in module.modules() if is_linear(m) or is_experts(m))
     return sum(p.numel() for m in found for p in m._parameters.values() if p is not None)
 
 
+def _alike(children: list[nn.Module]) -> bool:
+    """One class, or (hybrids of attention and Mamba) all of them some kind of layer or block."""
+    kinds = {type(child) for child in children}
+    named = all(kind.__name__.endswith(("Layer", "Block")) for kind in kinds)
+    plain = any(is_linear(child) or isinstance(child, nn.ModuleList) for child in children)
+    return not plain and (len(kinds) == 1 or named)
+
+
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Outermost lists whose children are of one class and hold linears, by dotted path."""
+    """Outermost lists whose children are alike and hold linears, by dotted path."""
     out: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         children = list(module.children())
         if not isinstance(module, nn.ModuleList | nn.Sequential) or not children:
             continue
-        if any(name.startswith(f"{outer}.") for outer in out):
+        if any(name.startswith(f"{outer}." if outer else "") for outer in out):
             continue
-        same = all(type(child) is type(children[0]) for child in children)
-        if same and not is_linear(children[0]) and all(_weights_in(c) for c in children):
+        if _alike(children) and all(_weights_in(c) for c in children):
             out[name] = module
     return out
 

@@ -31,8 +31,15 @@ def is_gguf(path: Path) -> bool:
     """True for a file that begins as GGUF files do, or is named like one."""
     if not path.is_file():
         return False
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf"
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf"
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot be read ({error.strerror})", field="model", value=str(path))
 
 
 def demo_file() -> Path:
@@ -72,9 +79,7 @@ def dequantised(file: Path, progress: Progress = SILENT) -> Path:
         with open(file, "rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
-        raise UsageError(
-            f"cannot be read ({error.strerror})", field="model", value=str(file)
-        ) from error
+        raise _unreadable(file, error) from error
     folder = cache_folder() / "models" / digest
     if (folder / "config.json").is_file():
         return folder

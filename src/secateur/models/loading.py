@@ -48,6 +48,11 @@ class Loaded:
     streamed: StreamedModel | None = None
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: token ids lie below it."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         if self.streamed is not None:
@@ -159,6 +164,14 @@ def _dtype(name: str, device: torch.device, config: Any, tensors: SafetensorsFol
 
 
 def _tensors(source: Source) -> SafetensorsFolder:
+    if (source.folder / "adapter_config.json").is_file():
+        raise UsageError(
+            "holds an adapter (LoRA), whose weights are only a difference to a model's",
+            field="model",
+            value=str(source.folder),
+            fix="merge it into its model: PeftModel.from_pretrained(model, folder)"
+            ".merge_and_unload().save_pretrained(new_folder)",
+        )
     if not (source.folder / "config.json").is_file():
         raise UsageError(
             "holds no config.json, so it is not a model folder",

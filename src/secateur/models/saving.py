@@ -57,7 +57,7 @@ def block_state(view: ModelView, block: Block) -> dict[str, Tensor]:
 def outside_state(view: ModelView) -> dict[str, Tensor]:
     """Everything that lies in no block (embeddings, final norm, head unless tied)."""
     skip = tied_names(view.model)
-    inside = f"{view.path}."
+    inside = f"{view.path}." if view.path else ""
     state = {
         name: tensor.detach()
         for name, tensor in view.model.state_dict().items()

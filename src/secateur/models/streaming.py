@@ -59,8 +59,9 @@ def without_weights(build: Callable[[], Any]) -> Any:
 class StreamedModel:
     """Embeddings, final norm and head in memory; the blocks' parameters on the meta device.
 
-    Peak memory is that of what lies outside the blocks, one block, and one tensor in the
-    checkpoint's type; it does not grow with depth. What is written to a block's weights
+    Peak memory is that of what lies outside the blocks, one block, and one tensor as the
+    checkpoint stores it (one block's experts, where those are fused); it does not grow with
+    depth. What is written to a block's weights
     inside ``resident`` is gone after it: save it first (``saving.block_state``).
 
     Attributes:

@@ -92,14 +92,14 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
     span = high - low
-    if span <= 0 or not math.isfinite(span):
+    if not 1e-300 < span < math.inf:
         return [low]
     raw = span / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(s - raw))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -114,7 +114,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         found = [m * 10.0**p for p in powers for m in steps if low <= m * 10.0**p <= high]
         if len(found) <= 8:
             break
-    return found
+    return found if len(found) > 1 else ticks(low, high, 4)
 
 
 def line_chart(
@@ -135,7 +135,7 @@ def line_chart(
     """Lines over a common x; ``reference`` is a dashed level with its name."""
     canvas = _Canvas(title, width, height, description)
     spots = [(x, y) for s in series for x, y in [*s.points, *((m[0], m[1]) for m in s.marks)]]
-    spots = [(x, y) for x, y in spots if math.isfinite(y) and (y > 0 or not log_y)]
+    spots = [(x, y) for x, y in spots if _drawable(y, log_y)]
     if not spots:
         canvas.text(width / 2, height / 2, "nothing to draw", "label", "middle")
         return canvas.markup()
@@ -230,7 +230,7 @@ def heat_map(
 ) -> Markup:
     """A grid of fields, the fuller the colour the higher the value; None is left empty."""
     left = 10 + 7.2 * max((len(r) for r in rows), default=0)
-    pitch = min(34.0, (width - left - 2) / max(1, len(columns)))
+    pitch = min(56.0, (width - left - 2) / max(1, len(columns)))
     tall = min(tallest, max(18.0, pitch))
     top, bottom = 4.0, 4.0 + tall * len(rows)
     canvas = _Canvas(title, width, bottom + 52, description)
@@ -316,6 +316,10 @@ def standalone(svg: Markup) -> str:
     return str(svg).replace("</title>", f"</title><style>{css}</style>", 1)
 
 
+def _drawable(y: float, log: bool) -> bool:
+    return 1e-100 < y < 1e100 if log else math.isfinite(y)
+
+
 def _margin(low: float, high: float, log: bool, from_zero: bool) -> tuple[float, float]:
     if log:
         low, high = low / 1.08, high * 1.15
@@ -351,7 +355,7 @@ def _draw_series(
     y_text: Callable[[float], str],
 ) -> None:
     tone = f"tone-{series.tone % TONES}"
-    points = [(x, y) for x, y in series.points if math.isfinite(y) and (y > 0 or not log_y)]
+    points = [(x, y) for x, y in series.points if _drawable(y, log_y)]
     if len(points) > 1:
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
         canvas.add(f'<polyline points="{path}" class="c-line {tone}"/>')
@@ -363,7 +367,7 @@ def _draw_series(
             f"<title>{words}</title></circle>"
         )
     for x, y, label in series.marks:
-        if not math.isfinite(y):
+        if not _drawable(y, log_y):
             continue
         cx, cy = at_x(x), at_y(y)
         words = escape(f"{series.label}, {label}: {y_text(y)}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from secateur.report import words
 
+_HASH = re.compile("[0-9a-f]{32,}")
 Sentence = tuple[str, str]
 """Tone (``good``, ``plain`` or ``caution``) and text."""
 
@@ -102,13 +104,13 @@ def _bytes(result: dict[str, Any]) -> list[Sentence]:
         text += (
             f"the bitmask container takes {words.percent(bitmask / dense, 1)} of the dense bytes"
         )
-    return [("plain", text[:1].upper() + text[1:] + ".")] if text else []
+    return [("plain", _sentence(text + "."))] if text else []
 
 
 def _speed(result: dict[str, Any]) -> list[Sentence]:
     speed, totals = result.get("speed"), result.get("totals") or {}
     if speed and speed.get("verdict"):
-        return [("plain", str(speed["verdict"]))]
+        return [("plain", _sentence(str(speed["verdict"])))]
     text = "Speed was not measured."
     if not totals.get("pattern") and totals.get("delivered"):
         text += (
@@ -116,6 +118,10 @@ def _speed(result: dict[str, Any]) -> list[Sentence]:
             " GPU, or removing whole channels, can."
         )
     return [("plain", text)]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def headlines(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -147,11 +153,16 @@ def headlines(result: dict[str, Any]) -> list[dict[str, str]]:
     speed = result.get("speed") or {}
     kind = next((k for k in ("decode", "prefill") if speed.get(k)), None)
     if kind and speed[kind].get("ratio"):
-        ratio = speed[kind]["ratio"]
-        detail = f"{words.ratio(ratio.get('low'))} to {words.ratio(ratio.get('high'))}"
-        value = words.ratio(ratio["median"])
-        out.append({"label": f"dense {kind} speed", "value": value, "detail": detail})
+        out.append({"label": f"dense {kind} speed", **_speed_figure(speed[kind]["ratio"])})
     return out
+
+
+def _speed_figure(ratio: dict[str, float]) -> dict[str, str]:
+    """The ratio as a headline; one that the spread does not tell from 1 is not shown as a gain."""
+    measured, low, high = (words.ratio(ratio.get(k)) for k in ("median", "low", "high"))
+    if ratio.get("low", 1.0) <= 1 <= ratio.get("high", 1.0):
+        return {"value": "≈ 1×", "detail": f"measured {measured}, from {low} to {high}"}
+    return {"value": measured, "detail": f"{low} to {high}"}
 
 
 def interval(measured: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -162,20 +173,26 @@ def interval(measured: dict[str, Any]) -> tuple[float | None, float | None]:
     return measured["perplexity"] - Z95 * error, measured["perplexity"] + Z95 * error
 
 
-def facts(record: Any, skip: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """A record as label and text pairs for a definition list; nested ones are joined."""
-    if not isinstance(record, dict):
-        return []
-    return [(str(k).replace("_", " "), _plain(v)) for k, v in record.items() if k not in skip]
+def facts(record: Any) -> list[tuple[str, str]]:
+    """A record as label and text pairs for a definition list; nested ones are laid flat."""
+    out: list[tuple[str, str]] = []
+    for key, value in record.items() if isinstance(record, dict) else ():
+        label = str(key).replace("_", " ")
+        if isinstance(value, dict):
+            out += [(f"{label} {name}", text) for name, text in facts(value)]
+        else:
+            out.append((label, plain(value)))
+    return out
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+def plain(value: Any) -> str:
+    """A value as text; hashes shortened."""
     if isinstance(value, list):
-        return ", ".join(_plain(v) for v in value) or words.NOTHING
+        return ", ".join(plain(v) for v in value) or words.NOTHING
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: words.NOTHING}[value]
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value)
+    text = str(value)
+    # A hash is recognised by its first digits; all of them are in report.json.
+    return f"{text[:16]}…" if _HASH.fullmatch(text) else text

@@ -13,10 +13,15 @@ from secateur.report import charts, pictures, words
 from secateur.report.charts import Bar, Cell, Series
 from secateur.report.facts import interval
 
-_SHOWN = 14
+_SHOWN = 21
 """Matrices whose masks are shown, when more have pictures."""
 _ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2")
-_DISK = {"dense": "dense", "pruned": "pruned folder", "bitmask": "bitmask container"}
+_DISK = {
+    "dense": "dense",
+    "pruned": "pruned folder",
+    "bitmask": "bitmask container",
+    "semi_structured": "2:4 in a GPU's own form",
+}
 
 
 def quality_chart(result: dict[str, Any]) -> Markup | None:

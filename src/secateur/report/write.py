@@ -40,6 +40,7 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
         "recipe": yaml.safe_dump(result.get("recipe") or {}, sort_keys=False, allow_unicode=True),
         "protocol": facts.facts((result.get("quality") or {}).get("protocol")),
         "calibration": facts.facts(result.get("calibration")),
+        "fingerprint": facts.plain((result.get("model") or {}).get("fingerprint")),
         "machine": facts.facts(result.get("machine")),
         "figures": {
             "quality": figures.quality_chart(result),

@@ -95,7 +95,9 @@ class Checkpoint:
         if self.resident and own.keys() != state.keys():
             # The checkpoint names are not the module's (fused experts): keep ours to resume from.
             write_shard(self._aside(block), own)
-        save_masks(folder.mask_shard(block.index), result.masks, {"block": block.index})
+        transposed = [m.name for m in block.matrices if m.transposed]
+        words = {"transposed": transposed} if transposed else {}
+        save_masks(folder.mask_shard(block.index), result.masks, words)
         record = {
             "modules": result.modules,
             "error": result.error,

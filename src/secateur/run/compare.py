@@ -50,7 +50,7 @@ def compare(
     recipes = {(n, t): _one(recipe, n, t) for n in names for t in targets}
     writable(out)
     # The most demanding first: its full moments then serve every other method.
-    order = sorted(recipes, key=lambda k: Need.GRAM not in needs(*_parts(recipes[k])))
+    order = sorted(recipes, key=lambda k: _appetite(needs(*_parts(recipes[k]))), reverse=True)
     session = prepare(recipes[order[0]], progress=progress)
     windows = session.evaluation
     if windows is None:
@@ -88,6 +88,10 @@ def _one(recipe: Recipe, name: str, target: str) -> Recipe:
     method, _, update = name.partition("+")
     values = recipe.model_dump() | {"method": method, "sparsity": target, "pattern": None}
     return Recipe.build(values | ({"update": update} if update else {}))
+
+
+def _appetite(wanted: frozenset[Need]) -> tuple[bool, int]:
+    return Need.GRAM in wanted, len(wanted)
 
 
 def _parts(recipe: Recipe) -> tuple[Any, Any]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from secateur.allocation.plan import Plan
-from secateur.errors import NumericsError, VerificationError
+from secateur.errors import NumericsError, UsageError, VerificationError
 from secateur.evidence.gather import BlockInputs, gather_inputs
 from secateur.evidence.gradients import of_matrix
 from secateur.evidence.replay import Replay
-from secateur.evidence.statistics import Evidence, GradientMoments, InputMoments
+from secateur.evidence.statistics import Evidence, GradientMoments, InputMoments, all_finite
 from secateur.evidence.store import EvidenceStore
 from secateur.masks.target import Scope
 from secateur.methods.base import Method, Need, Update
@@ -161,10 +161,10 @@ class Engine:
             mask = torch.empty(matrix.shape, dtype=torch.uint8)
             weight = torch.empty(matrix.shape)
             if pruned is not None:
-                mask, weight = pruned.mask.cpu().to(torch.uint8), pruned.weight
+                mask, weight = pruned.mask.cpu().view(torch.uint8), pruned.weight
             mask = self.ranks.spread_tensor(source, mask)
             matrix.write(self.ranks.spread_tensor(source, weight))
-            result.masks[matrix.name] = mask.bool()
+            result.masks[matrix.name] = mask.view(torch.bool)
 
     def _solve(
         self, block: Block, matrix: Matrix, evidence: Evidence
@@ -173,8 +173,8 @@ class Engine:
         start = time.perf_counter()
         pruned, notes = self._decide(matrix, evidence)
         asked = self.plan.cut(matrix.name, self.scope)
-        delivered = int(pruned.mask.sum())
-        if delivered != asked.count:
+        delivered = int(pruned.mask.count_nonzero())
+        if delivered != asked.count and not self.method.inexact:
             raise VerificationError(
                 f"'{matrix.name}' should lose {asked.count} weights, not {delivered}",
                 fix="the method does not honour the exact count: report it to its author",
@@ -182,6 +182,7 @@ class Engine:
         record = module_record(matrix, block.index, asked, self.scope, self.update, pruned)
         record["tokens"] = None if evidence.inputs is None else evidence.inputs.tokens
         record["notes"] = notes
+        record["solve"] = pruned.notes
         record["seconds"] = round(time.perf_counter() - start, 4)
         return pruned, record
 
@@ -217,12 +218,20 @@ class Engine:
 
     def _decide(self, matrix: Matrix, evidence: Evidence) -> tuple[Pruned, list[str]]:
         weight = matrix.tensor().to(torch.float32)
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise NumericsError(
                 f"the weights of '{matrix.name}' hold NaN or infinity",
                 fix="repair the checkpoint, or leave the matrix out with --exclude",
             )
         cut = self.plan.cut(matrix.name, self.scope)
+        zeros = weight.numel() - int(weight.count_nonzero())
+        if zeros > cut.count + 0.01 * weight.numel():
+            raise UsageError(
+                f"'{matrix.name}' is {zeros / weight.numel():.1%} zeros already, more than asked",
+                field="sparsity",
+                value=round(cut.sparsity, 6),
+                fix="ask for more than it has, or leave it out with --exclude",
+            )
         notes: list[str] = []
         moments: InputMoments | None = evidence.inputs
         if self.replay is not None:

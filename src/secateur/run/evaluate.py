@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from secateur.data.windows import evaluation_windows
 from secateur.errors import UsageError
-from secateur.models.loading import Loaded, load
-from secateur.models.state import evaluating
+from secateur.export.bitmask import FILE_NAME as CONTAINER
+from secateur.export.loading import load_pruned
+from secateur.methods.base import one_of
+from secateur.models.loading import DTYPES, Loaded, load
+from secateur.models.state import evaluating, quiet
 from secateur.progress import SILENT, Progress
 
 
@@ -34,7 +38,7 @@ def evaluate_model(
         ``perplexity``, ``stderr``, ``protocol``; with ``dense`` also ``dense_perplexity``,
         ``kl`` (nats per token) and ``top1_agreement``; with ``task`` ``accuracy`` instead.
     """
-    loaded = load(model, dtype=dtype, device=device, progress=progress)
+    loaded = _open(model, dtype, device, progress)
     if task is not None:
         from secateur.evaluation.choice import choice_accuracy
 
@@ -44,7 +48,9 @@ def evaluate_model(
             )
     from secateur.evaluation.perplexity import fidelity, perplexity
 
-    wanted = evaluation_windows(text, loaded.tokenizer, length, limit=windows)
+    wanted = evaluation_windows(
+        text, loaded.tokenizer, length, limit=windows, vocabulary=loaded.vocabulary
+    )
     if dense is None:
         if speed:
             raise UsageError("speed is a ratio: it needs a dense model", field="dense", value=None)
@@ -55,7 +61,7 @@ def evaluate_model(
             "stderr": measured.stderr,
             "protocol": measured.protocol.record(),
         }
-    reference = load(dense, dtype=dtype, device=device, tokenizer=False, progress=progress)
+    reference = _open(dense, dtype, device, progress, tokenizer=False)
     with evaluating(loaded.model), evaluating(reference.model):
         both = fidelity(_logits(reference), _logits(loaded), wanted, progress)
         record: dict[str, Any] = {
@@ -71,6 +77,26 @@ def evaluate_model(
 
             record["speed"] = compare_speed(reference.model, loaded.model, wanted.ids[:1])
     return record
+
+
+def _open(
+    spec: str, dtype: str, device: str, progress: Progress, *, tokenizer: bool = True
+) -> Loaded:
+    """``load``, and the container of ``secateur export --format bitmask`` besides."""
+    folder = Path(spec).expanduser()
+    if not (folder / CONTAINER).is_file():
+        return load(spec, dtype=dtype, device=device, tokenizer=tokenizer, progress=progress)
+    from transformers import AutoTokenizer
+
+    one_of("dtype", dtype, ("auto", *DTYPES))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # As everywhere: float32 on a CPU, what is stored on a GPU.
+    kind = DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+    with quiet(), progress.stage(f"unpacking {folder.name}"):
+        model = load_pruned(folder, dtype=kind).to(device).eval()
+        words = AutoTokenizer.from_pretrained(folder, local_files_only=True) if tokenizer else None
+    return Loaded(model, words, folder, folder.resolve().name, fingerprint="")
 
 
 def _logits(loaded: Loaded) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
-import platform
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from secateur.methods.prune_matrix import Pruned
 from secateur.models.anatomy import Matrix
 
 BINS = 40
-SAMPLE = 65536
+SAMPLE = 16384
 PICTURE = 64
 
 
@@ -24,7 +22,8 @@ def module_record(
 ) -> dict[str, Any]:
     """One entry of ``result.json``'s ``modules``."""
     mask = pruned.mask
-    rows, columns = mask.float().mean(1), mask.float().mean(0)
+    density = mask.float()
+    rows, columns = density.mean(1), density.mean(0)
     histogram, threshold = score_histogram(pruned.score, mask)
     return {
         "name": matrix.name,
@@ -33,13 +32,13 @@ def module_record(
         "shape": list(matrix.shape),
         "asked": cut.sparsity,
         "asked_count": cut.count,
-        "delivered_count": int(mask.sum()),
+        "delivered_count": int(mask.count_nonzero()),
         "scope": f"{cut.keep}:{cut.group}" if cut.is_pattern else str(scope),
         "update": update,
         "output_error": pruned.output_error,
         "histogram": histogram,
         "threshold": threshold,
-        "picture": picture(mask),
+        "picture": picture(density),
         "row_sparsity": _spread(rows),
         "column_sparsity": _spread(columns),
     }
@@ -83,45 +82,12 @@ def score_histogram(
 
 
 def picture(mask: Tensor) -> dict[str, Any]:
-    """The mask as a density map of at most 64 x 64 cells, 255 = all pruned."""
+    """A mask (floating, 1 = pruned) as a map of at most 64 x 64 cells, 255 = all pruned."""
     rows, columns = (min(PICTURE, n) for n in mask.shape)
-    density = nn.functional.adaptive_avg_pool2d(mask.float()[None, None], (rows, columns))[0, 0]
+    density = nn.functional.adaptive_avg_pool2d(mask[None, None], (rows, columns))[0, 0]
     cells = (density * 255).round().to(torch.uint8).cpu().contiguous()
     return {
         "rows": rows,
         "cols": columns,
         "density": base64.b64encode(cells.numpy().tobytes()).decode("ascii"),
     }
-
-
-def machine_record() -> dict[str, Any]:
-    """What the figures were measured on: processor, threads, memory, versions."""
-    record: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(_memory() / 2**30, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        record["gpu"] = torch.cuda.get_device_name()
-    return record
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0

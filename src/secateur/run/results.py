@@ -9,9 +9,9 @@ from typing import Any
 from secateur import __version__
 from secateur.allocation.plan import Plan
 from secateur.errors import UsageError
+from secateur.evaluation.speed import machine
 from secateur.run.engine import BlockResult
 from secateur.run.folder import RunFolder
-from secateur.run.records import machine_record
 from secateur.run.session import Session
 
 
@@ -67,7 +67,7 @@ def assemble(
         "speed": speed,
         "timing": {k: round(v, 3) for k, v in session.timing.items()},
         "memory_peak": memory_peak,
-        "machine": machine_record(),
+        "machine": machine(session.device),
         "notes": notes,
         "verified": True,
     }

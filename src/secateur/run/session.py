@@ -144,6 +144,7 @@ def prepare(
             samples=spec.samples,
             length=spec.length,
             seed=spec.seed,
+            vocabulary=loaded.vocabulary,
         )
     if recipe.evaluation is not None and loaded.tokenizer is not None:
         session.evaluation = evaluation_windows(
@@ -151,6 +152,7 @@ def prepare(
             loaded.tokenizer,
             recipe.evaluation.length,
             limit=recipe.evaluation.windows,
+            vocabulary=loaded.vocabulary,
         )
     return session
 

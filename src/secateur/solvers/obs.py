@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.errors import NumericsError, UsageError
-from secateur.masks.selection import PAIRWISE_LIMIT, select, smallest, smallest_members
+from secateur.masks.selection import PAIRWISE_LIMIT, select, smallest
 from secateur.masks.target import Cut, Scope, spread
 
 _LEAF = 16  # columns swept one by one between two GEMMs
@@ -170,7 +170,7 @@ def sweep(
         state.use(slice(0, columns), mask.T)
         state.descend(0, columns)
     elif cut is not None and cut.keep is not None and cut.group is not None:
-        state.choose = _group_rule(cut.group - cut.keep, cut.group, forced)
+        state.choose = _group_rule(cut.group - cut.keep, cut.group, forced, weight.device)
         state.group = cut.group
         state.descend(0, columns, unit=cut.group * max(1, _LEAF // cut.group))
     elif cut is not None:
@@ -258,7 +258,8 @@ class _Sweep:
 
     def result(self, dtype: torch.dtype) -> Swept:
         """W' with exact zeros, the mask, and half the sum of squared errors."""
-        loss = self.error.square().sum(dtype=torch.float64) / 2
+        errors = self.error.view(-1)
+        loss = torch.dot(errors, errors).double() / 2
         # Faster than masked_fill_ several times over; adding zero turns -0.0 into 0.0.
         self.weight.mul_(~self.mask).add_(0.0)
         return Swept(self.weight.T.contiguous().to(dtype), self.mask.T.contiguous(), loss)
@@ -272,15 +273,26 @@ def _preferring(forced: Tensor | None) -> Callable[[Tensor, int, int], Tensor]:
     return lambda score, start, stop: score.masked_fill_(first[start:stop], -1.0)
 
 
-def _group_rule(prune: int, group: int, forced: Tensor | None) -> Rule:
+def _group_rule(prune: int, group: int, forced: Tensor | None, device: torch.device) -> Rule:
     """In each group of inputs the ``prune`` of lowest score, row by row."""
     prefer = _preferring(forced)
+    if group > PAIRWISE_LIMIT:
+        return lambda score, start, stop: (
+            smallest(prefer(score, start, stop).T, [prune] * score.shape[1]).T
+        )
+    # ``selection.smallest_members`` in few calls, because groups come by the thousand: for each
+    # pair, if the earlier is not larger it precedes the later, else the later precedes it. The
+    # matrix product adds these up to ranks, less the number of members after each.
+    pairs = torch.tensor(list(combinations(range(group), 2))).reshape(-1, 2)
+    ones = torch.eye(group)
+    signs = (ones[pairs[:, 1]] - ones[pairs[:, 0]]).T.contiguous()
+    limit = prune - torch.arange(group - 1, -1, -1.0)[:, None]
+    earlier, later, signs, limit = (t.to(device) for t in (*pairs.T.contiguous(), signs, limit))
 
     def rule(score: Tensor, start: int, stop: int) -> Tensor:
         score = prefer(score, start, stop)
-        if group > PAIRWISE_LIMIT:
-            return smallest(score.T, [prune] * score.shape[1]).T
-        return smallest_members(score, prune, out=torch.empty_like(score, dtype=torch.bool))
+        first = score.index_select(0, earlier) <= score.index_select(0, later)
+        return signs @ first.to(signs.dtype) < limit
 
     return rule
 

@@ -1,0 +1,1 @@
+"""Figures this project reports, each with the command that makes it."""
