@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from secateur.errors import UsageError
-from secateur.lottery.edge_popup import EdgePopup, TopK, masked_layers, shuffle_masks
+from secateur.lottery.edge_popup import EdgePopup, shuffle_masks
+from secateur.lottery.scored import TopK, masked_layers
 from secateur.lottery.targets import mlp
 
 

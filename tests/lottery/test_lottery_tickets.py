@@ -367,6 +367,11 @@ class TestBadInput:
         with pytest.raises(UsageError, match="dense"):
             CopyTicket(weight_eps=0.1).fit(target)
 
+    @pytest.mark.parametrize("eps", [1e-30, 1e-300])
+    def test_an_eps_below_what_float64_can_prove(self, eps, small_net):
+        with pytest.raises(UsageError, match="float64"):
+            LogTicket(eps=eps).fit(small_net)
+
     def test_engines(self, small_net):
         with pytest.raises(UsageError, match="engine"):
             LogTicket(eps=0.1, engine="abacus").fit(small_net)

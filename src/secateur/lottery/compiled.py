@@ -119,6 +119,50 @@ def _pool_in_weights(
 
 
 @njit(cache=True, nogil=True)
+def _candidates(
+    law: Any,
+    seed: Any,
+    out_tag: Any,
+    pool: Any,
+    column: Any,
+    positive: Any,
+    neurons: Any,
+    a: Any,
+    edges: Any,
+    found: Any,
+    value: Any,
+    owner: Any,
+) -> None:
+    """The first products of each interval: value, owner (k, depth), found (k,) of them."""
+    code, scale, span = law
+    bits, depth = value.shape
+    inverse_log = 1.0 / math.log(edges[0] / edges[1])
+    missing = bits
+    for c in range(neurons.size):
+        high, low = _word_pair(_U(seed), out_tag, _U(pool), _U(neurons[c]), _U(column))
+        if (low & _ONE == 0) != positive:
+            continue
+        product = a[c] * np.float64(abs(_weight(code, scale, span, high, low)))
+        if product > edges[0] or product < edges[bits]:
+            continue
+        # The logarithm may be off by one interval at an end; the ends themselves decide.
+        i = min(max(int(math.log(edges[0] / product) * inverse_log), 0), bits - 1)
+        if product > edges[i]:
+            i -= 1
+        elif product < edges[i + 1]:
+            i += 1
+        if i < 0 or i >= bits or found[i] == depth:
+            continue
+        value[i, found[i]] = product
+        owner[i, found[i]] = neurons[c]
+        found[i] += 1
+        if found[i] == depth:
+            missing -= 1
+            if missing == 0:
+                return
+
+
+@njit(cache=True, nogil=True)
 def bitwise(
     law: Any,
     seed: Any,
@@ -140,10 +184,8 @@ def bitwise(
     Shapes: pools, columns, first_out, sizes, empty (P,); demand, residual (P, O);
     edges (k + 1,) descending; picks (P, O, k) int32, -1 where no neuron is taken.
     """
-    code, scale, span = law
     bits = edges.size - 1
     out_tag = _U(layer) * _FOUR + _ONE
-    inverse_log = 1.0 / math.log(edges[0] / edges[1])
     for p in range(pools.size):
         outputs = demand.shape[1]
         neurons = np.empty(sizes[p], np.int64)
@@ -161,29 +203,10 @@ def bitwise(
             found = np.zeros(bits, np.int64)
             value = np.empty((bits, depth), np.float64)
             owner = np.empty((bits, depth), np.int64)
-            missing = bits
-            column = _U(first_out[p] + o)
-            for c in range(usable):
-                high, low = _word_pair(_U(seed), out_tag, _U(pools[p]), _U(neurons[c]), column)
-                if (low & _ONE == 0) != (demand[p, o] > 0):
-                    continue
-                product = a[c] * np.float64(abs(_weight(code, scale, span, high, low)))
-                if product > edges[0] or product < edges[bits]:
-                    continue
-                i = min(max(int(math.log(edges[0] / product) * inverse_log), 0), bits - 1)
-                if product > edges[i]:
-                    i -= 1
-                elif product < edges[i + 1]:
-                    i += 1
-                if i < 0 or i >= bits or found[i] == depth:
-                    continue
-                value[i, found[i]] = product
-                owner[i, found[i]] = neurons[c]
-                found[i] += 1
-                if found[i] == depth:
-                    missing -= 1
-                    if missing == 0:
-                        break
+            _candidates(
+                law, seed, out_tag, pools[p], first_out[p] + o, demand[p, o] > 0,
+                neurons[:usable], a, edges, found, value, owner,
+            )  # fmt: skip
             remainder = want
             chosen = np.full(bits, -1, np.int64)
             for i in range(bits):

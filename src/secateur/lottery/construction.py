@@ -36,6 +36,9 @@ from secateur.lottery.sizing import (
 from secateur.lottery.ticket import Ticket, TicketLayer
 from secateur.progress import SILENT, Progress
 
+FINEST = 2.0**-46
+"""Relative to the largest weight, the finest accuracy the searches' float64 sums resolve."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -230,12 +233,22 @@ class Construction(ABC):
             assert self.eps is not None
             accuracies = weight_accuracies(target, box, self.eps, self.eps_rule)
         signs = signs_of_inputs(target, box)
-        return [
+        tasks = [
             Task(number, layer, rises, falls, accuracy)
             for number, (layer, (rises, falls), accuracy) in enumerate(
                 zip(target.layers, signs, accuracies, strict=True)
             )
         ]
+        for task in tasks:
+            if task.weight_eps < FINEST * task.w_max:
+                raise UsageError(
+                    f"layer {task.number} would need weights within {task.weight_eps:.1e}, finer "
+                    f"than float64 sums of its weights (up to {task.w_max:.3g}) resolve",
+                    field="eps" if self.eps is not None else "weight_eps",
+                    value=self.eps if self.eps is not None else self.weight_eps,
+                    fix="a larger epsilon",
+                )
+        return tasks
 
     def _plans(self, tasks: list[Task]) -> list[Plan]:
         plans: list[Plan] = []

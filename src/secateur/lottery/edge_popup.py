@@ -12,75 +12,19 @@ fraction "prune rate" in one place and the removed fraction in another; these wo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
+from secateur.lottery.scored import MaskedConv2d, MaskedLinear, ScoredLayer, masked_layers
 from secateur.masks.target import Target
 from secateur.progress import SILENT, Progress
 
 Init = Literal["signed-constant", "kaiming"]
-
-
-class TopK(torch.autograd.Function):
-    """1.0 at the ``count`` largest entries, 0.0 elsewhere; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, magnitude: Tensor, count: int) -> Tensor:
-        mask = torch.zeros_like(magnitude)
-        mask.view(-1)[magnitude.flatten().topk(count, sorted=False).indices] = 1.0
-        return mask
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-class _Masked(nn.Module):
-    """Frozen random weights under a trained mask; base of the linear and the convolution."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor, kept: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.scores = nn.Parameter(torch.empty_like(weight))
-        self.kept = kept
-
-    def mask(self) -> Tensor:
-        """1.0 where a weight is used; same shape as ``weight``."""
-        mask: Tensor = TopK.apply(self.scores.abs(), self.kept)
-        return mask
-
-    def effective(self) -> Tensor:
-        """The weights in use."""
-        return self.weight * self.mask()
-
-
-class MaskedLinear(_Masked):
-    """A Linear without bias under a trained mask."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return F.linear(x, self.effective())
-
-
-class MaskedConv2d(_Masked):
-    """A Conv2d without bias under a trained mask."""
-
-    def __init__(self, weight: Tensor, kept: int, like: nn.Conv2d) -> None:
-        super().__init__(weight, kept)
-        self.options = (like.stride, like.padding, like.dilation, like.groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, in, height, width) -> (batch, out, ...)."""
-        stride, padding, dilation, groups = self.options
-        return F.conv2d(x, self.effective(), None, stride, padding, dilation, groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +110,7 @@ class EdgePopup:
         if isinstance(module, nn.Sequential):
             return nn.Sequential(*(self._convert(part, generator) for part in module))
         if isinstance(module, nn.Linear):
-            layer: _Masked = MaskedLinear(*self._draw(module.weight, generator))
+            layer: ScoredLayer = MaskedLinear(*self._draw(module.weight, generator))
         elif isinstance(module, nn.Conv2d):
             layer = MaskedConv2d(*self._draw(module.weight, generator), module)
         elif isinstance(module, nn.BatchNorm1d):
@@ -193,11 +137,6 @@ class EdgePopup:
         normal = torch.randn(like.shape, generator=generator)
         unit = normal.sign() if self.init == "signed-constant" else normal
         return unit * math.sqrt(2 / fan), kept
-
-
-def masked_layers(model: nn.Module) -> Iterator[_Masked]:
-    """The masked layers of a converted model, in order."""
-    yield from (part for part in model.modules() if isinstance(part, _Masked))
 
 
 def shuffle_masks(model: nn.Module, seed: int = 0) -> None:

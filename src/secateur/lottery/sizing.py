@@ -7,7 +7,7 @@ Malach et al. (2020); the constants are ours, not the papers'. Proofs are in doc
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -76,12 +76,13 @@ def worst_case(target: TargetNetwork, box: Box, weight_eps: list[float]) -> floa
 
 
 def _perturbed(target: TargetNetwork, weight_eps: list[float]) -> FoldedNetwork:
-    matrices = []
-    for layer, off in zip(target.layers, weight_eps, strict=True):
-        finite = off if math.isfinite(off) else 0.0
-        away = torch.where(layer.matrix >= 0, finite, -finite)
-        matrices.append(layer.matrix + away)
-    return pruned_network(target, matrices)
+    """The target itself, every weight of layer i uncertain by ``weight_eps[i]``."""
+    exact = pruned_network(target, [layer.matrix for layer in target.layers])
+    uncertain = [
+        replace(layer, slack=torch.full_like(layer.slack, off if math.isfinite(off) else 0.0))
+        for layer, off in zip(exact.layers, weight_eps, strict=True)
+    ]
+    return FoldedNetwork(target, tuple(uncertain))
 
 
 def _sensitivities(target: TargetNetwork, box: Box) -> list[float]:
