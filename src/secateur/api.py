@@ -26,7 +26,7 @@ def prune(
     sparsity: float | str = 0.5,
     calibration: Any = "pydoc",
     samples: int = 64,
-    length: int = 512,
+    length: int | None = None,
     seed: int = 0,
     evaluation: str | Mapping[str, Any] | Evaluation | None = None,
     out: str | Path | None = None,
@@ -44,7 +44,8 @@ def prune(
         sparsity: in [0, 1), or ``"2:4"``: keep two of every four.
         calibration: a text file or named corpus, a list of texts, an (N, L) tensor of token
             ids, or an iterable of ``{"input_ids": ..., "attention_mask": ...}``.
-        samples, length, seed: how many windows of how many tokens are drawn, and which.
+        samples, length, seed: how many windows of how many tokens are drawn, and which;
+            by default 512 tokens, or as many as the model has positions.
         evaluation: text to measure quality on, dense against pruned, or the fields of
             ``secateur.recipe.Evaluation``; None measures nothing.
         out: a run's folder (resumable, with report); None keeps everything in memory.
@@ -66,8 +67,6 @@ def prune(
         0.5
     """
     text = str(calibration) if isinstance(calibration, str | Path) else "given"
-    if method is None and not settings.get("quality"):
-        method = "wanda"
     recipe = Recipe.build(
         {
             "model": str(model) if isinstance(model, str | Path) else "given",

@@ -41,7 +41,11 @@ class Calibration(_Part):
 
     text: str = Field("pydoc", description="file (.txt, .jsonl, .parquet) or named corpus")
     samples: int = Field(64, ge=1, description="sequences (the papers use 128)")
-    length: int = Field(512, ge=2, description="tokens in each (the papers use 2048)")
+    length: int | None = Field(
+        None,
+        ge=2,
+        description="tokens in each (the papers use 2048); null: 512, or the model's positions",
+    )
     seed: int = Field(0, ge=0, description="which windows of the text are drawn")
     batch_tokens: int = Field(2048, ge=1, description="tokens in one forward")
 
@@ -50,7 +54,11 @@ class Evaluation(_Part):
     """What is measured on the dense and on the pruned model."""
 
     text: str = Field("pydoc:test", description="held-out text; never the calibration windows")
-    length: int = Field(512, ge=2, description="tokens in a window; perplexity depends on it")
+    length: int | None = Field(
+        None,
+        ge=2,
+        description="tokens in a window, on which perplexity depends; null: 512, or the positions",
+    )
     windows: int | None = Field(16, ge=1, description="the first so many windows; null: all")
     speed: bool = Field(True, description="measure tokens/s, dense against pruned, on this machine")
     speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
@@ -60,7 +68,7 @@ class Recipe(_Part):
     """One run, from model to report."""
 
     model: str = Field(description="hub id, folder, GGUF file, 'demo' or 'tiny'")
-    method: str = Field("sparsegpt", description="see 'secateur methods'")
+    method: str = Field("wanda", description="see 'secateur methods'")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
     sparsity: float | str = Field(0.5, description="in [0, 1), or N:M: keep N of every M")
     pattern: str | None = Field(None, description="N:M, when sparsity is given as a number too")
@@ -115,7 +123,9 @@ class Recipe(_Part):
             quality = data["quality"]
             if quality not in PRESETS:
                 return data  # the field's own message names the choices
-            return {**PRESETS[quality], **{k: v for k, v in data.items() if v is not None}}
+            preset = PRESETS[quality]
+            # null leaves a setting to the preset; elsewhere (evaluation) it means what it says.
+            return preset | {k: v for k, v in data.items() if v is not None or k not in preset}
         return data
 
     @model_validator(mode="after")

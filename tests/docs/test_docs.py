@@ -6,11 +6,14 @@ blocks of one page share a folder and, for Python, their names, from top to bott
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from secateur.cli import main
+from secateur.methods import methods
+from secateur.recipe import Calibration, Evaluation, Recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -35,6 +38,8 @@ def commands(body):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_code_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    # What a page registers stays on that page.
+    monkeypatch.setattr(methods, "_table", dict(methods._table))
     names = {"__name__": "docs"}
     for language, body in blocks(page):
         if language == "python":
@@ -56,8 +61,29 @@ def test_internal_links_lead_somewhere():
 
 
 def test_every_method_has_a_page():
-    from secateur.methods import methods
-
     text = " ".join(p.read_text() for p in (ROOT / "docs").rglob("*.md"))
     for name in methods:
         assert f"`{name}`" in text, f"no page of the docs speaks of `{name}`"
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+    assert set(re.findall(r"([\w/-]+\.md)", nav)) == pages
+
+
+@pytest.mark.parametrize("part", [Recipe, Calibration, Evaluation])
+def test_every_key_of_a_recipe_is_documented(part):
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    for name in part.model_fields:
+        assert f"`{name}`" in page, f"docs/recipes.md does not speak of `{name}`"
+
+
+def test_the_example_method_is_short_and_announced_rightly():
+    page = (ROOT / "docs" / "extending.md").read_text()
+    code = re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1]
+    assert len(code.splitlines()) <= 30
+    toml = tomllib.loads(re.search(r"^```toml\n(.*?)^```", page, re.M | re.S)[1])
+    (group,) = toml["project"]["entry-points"]
+    assert group == methods.group
+    assert toml["project"]["entry-points"][group]["tempered"].endswith(":Tempered")

@@ -208,3 +208,9 @@ def test_the_originals_counts_are_possible_on_request():
     )
     over = [m["delivered_count"] - m["asked_count"] for m in result.report["modules"]]
     assert all(extra >= 1 for extra in over)
+
+
+def test_more_tokens_than_positions():
+    model = tiny_model("gpt2")  # learned positions: beyond them there is nothing
+    with pytest.raises(UsageError, match=r"positions"):
+        secateur.prune(model, tiny_tokenizer(), calibration=["rose " * 3000], length=5000)

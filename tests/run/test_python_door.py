@@ -16,6 +16,7 @@ def test_quality_chooses_the_method_unless_one_is_named(tiny_folder):
     assert [good["recipe"]["method"], good["resolved"]["update"]] == ["sparsegpt", "exact"]
     assert [named["recipe"]["method"], named["resolved"]["update"]] == ["wanda", "exact"]
     assert [plain["recipe"]["method"], plain["resolved"]["update"]] == ["wanda", "none"]
+    assert good["quality"] is None, "no evaluation was asked for"
 
 
 def test_evaluation_takes_a_text_or_its_fields(tiny_folder):

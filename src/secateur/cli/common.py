@@ -21,7 +21,7 @@ ModelArgument = Annotated[
     ),
 ]
 Sparsity = Annotated[
-    str | None, typer.Option("--sparsity", "-s", help="in [0, 1), or N:M: keep N of every M")
+    str | None, typer.Option("--sparsity", "-s", help="in [0, 1), or N:M (keep N of every M)")
 ]
 Pattern = Annotated[str | None, typer.Option(help="N:M; may confirm --sparsity, not contradict it")]
 MethodName = Annotated[str | None, typer.Option("--method", "-m", help="see 'secateur methods'")]

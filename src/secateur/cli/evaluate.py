@@ -23,7 +23,9 @@ NAME = "eval"
 def command(
     model: common.ModelArgument,
     text: Annotated[str, typer.Option(help="file or named corpus")] = "pydoc:test",
-    length: Annotated[int, typer.Option(help="tokens in a window; perplexity depends on it")] = 512,
+    length: Annotated[
+        int | None, typer.Option(help="tokens in a window; default 512, or the model's positions")
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(help="the first so many windows (default: all)")
     ] = None,

@@ -90,6 +90,7 @@ def direct_gradients(
     """
     parameters = _parameters(view.blocks)
     sums = {key: GradientMoments(norms) for key in parameters}
+    for k, p in parameters.items(): sums[k].sums = {n: torch.zeros(p.shape, device=p.device) for n in norms}
     with (
         evaluating(view.model),
         _accumulating(parameters, sums),

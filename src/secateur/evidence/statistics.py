@@ -13,7 +13,6 @@ from torch import Tensor
 
 from secateur.errors import NumericsError
 
-
 _STRIP = 192  # features whose products with all later ones are one GEMM
 
 

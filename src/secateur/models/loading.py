@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur.errors import MissingExtra, SecateurError, UsageError
+from secateur.models.anatomy import text_config
 from secateur.models.checks import check_tokenizer, check_weights, fingerprint
 from secateur.models.shards import SafetensorsFolder
 from secateur.models.sources import Source, resolve
@@ -51,6 +52,25 @@ class Loaded:
     def vocabulary(self) -> int:
         """Rows of the embedding: token ids lie below it."""
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def window(self, length: int | None, field: str = "length", usual: int = 512) -> int:
+        """Tokens in a window: ``length`` if the model has the positions, ``usual`` if not said.
+
+        Raises:
+            UsageError: more tokens than positions.
+        """
+        config = text_config(self.model)
+        positions = getattr(config, "max_position_embeddings", None) or usual
+        if length is None:
+            return min(usual, positions)
+        if length > positions:
+            raise UsageError(
+                f"the model has {positions} positions",
+                field=field,
+                value=length,
+                fix=f"at most {positions}",
+            )
+        return length
 
     @property
     def device(self) -> torch.device:

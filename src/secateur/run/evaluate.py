@@ -22,7 +22,7 @@ def evaluate_model(
     model: str,
     *,
     text: str = "pydoc:test",
-    length: int = 512,
+    length: int | None = None,
     windows: int | None = None,
     dense: str | None = None,
     task: str | None = None,
@@ -49,7 +49,7 @@ def evaluate_model(
     from secateur.evaluation.perplexity import fidelity, perplexity
 
     wanted = evaluation_windows(
-        text, loaded.tokenizer, length, limit=windows, vocabulary=loaded.vocabulary
+        text, loaded.tokenizer, loaded.window(length), limit=windows, vocabulary=loaded.vocabulary
     )
     if dense is None:
         if speed:

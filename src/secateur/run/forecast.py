@@ -36,7 +36,9 @@ def forecast(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
         speed = matrix_speed()
     parameters = sum(p.numel() for p in loaded.model.parameters())
     itemsize = next(loaded.model.parameters()).element_size()
-    tokens = recipe.calibration.samples * recipe.calibration.length if evidence else 0
+    tokens = (
+        recipe.calibration.samples * loaded.window(recipe.calibration.length) if evidence else 0
+    )
     forwards = _forwards(recipe, evidence)
     flops = 2.0 * plan.elements * tokens * forwards
     hidden = loaded.model.config.hidden_size if hasattr(loaded.model, "config") else 0

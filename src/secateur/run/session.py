@@ -142,7 +142,7 @@ def prepare(
             spec.text if calibration is None else calibration,
             loaded.tokenizer,
             samples=spec.samples,
-            length=spec.length,
+            length=loaded.window(spec.length, "calibration.length"),
             seed=spec.seed,
             vocabulary=loaded.vocabulary,
         )
@@ -150,7 +150,7 @@ def prepare(
         session.evaluation = evaluation_windows(
             recipe.evaluation.text,
             loaded.tokenizer,
-            recipe.evaluation.length,
+            loaded.window(recipe.evaluation.length, "evaluation.length"),
             limit=recipe.evaluation.windows,
             vocabulary=loaded.vocabulary,
         )
