@@ -14,29 +14,44 @@ from secateur.lottery.report import describe, write_experiment, write_ticket_pag
 from secateur.progress import SILENT
 
 
-@pytest.fixture(scope="module", params=["growth", "success", "popup"])
-def outcome(request):
-    if request.param == "popup":
-        pytest.importorskip("sklearn")
-    return request.param, experiments[request.param](True, 1, SILENT)
+@pytest.fixture(scope="module")
+def growth():
+    return experiments["growth"](True, 1, SILENT)
 
 
-def test_experiments_run_and_write_their_pages(outcome, tmp_path):
-    name, result = outcome
+def check_pages(name, result, folder):
     assert result.findings
     assert all(len(row) == len(t.columns) for t in result.tables for row in t.rows)
-    paths = write_experiment(result, tmp_path, name, "secateur lottery experiment")
+    paths = write_experiment(result, folder, name, "secateur lottery experiment")
     assert json.loads(paths[1].read_text())["findings"]
     assert "<svg" in paths[0].read_text()
     assert all(p.read_text().startswith("<svg") for p in paths[2:])
 
 
-def test_growth_laws(outcome):
+def test_growth_writes_its_page(growth, tmp_path):
+    check_pages("growth", growth, tmp_path)
+
+
+def test_success_stays_below_delta(tmp_path):
+    result = experiments["success"](True, 1, SILENT)
+    check_pages("success", result, tmp_path)
+    full = [r for r in result.record["rows"] if r["fraction"] == 1]
+    assert all(r["low"] <= r["delta"] for r in full)
+    starved = [r for r in result.record["rows"] if r["fraction"] < 0.5]
+    assert sum(r["failures"] for r in starved) > sum(r["failures"] for r in full)
+
+
+def test_popup_beats_random_masks(tmp_path):
+    pytest.importorskip("sklearn")
+    result = experiments["popup"](True, 1, SILENT)
+    check_pages("popup", result, tmp_path)
+    half = next(m for m in result.record["means"] if m["keep"] == 0.5)
+    assert half["trained"] > half["random"] + 0.4
+
+
+def test_growth_laws(growth):
     """Logarithms are straight in log(1/eps); one product needs 1/eps; the wrong law a power."""
-    name, result = outcome
-    if name != "growth":
-        pytest.skip("looks at the growth experiment")
-    laws = {c["name"]: c for c in result.record["constructions"]}
+    laws = {c["name"]: c for c in growth.record["constructions"]}
     for each in ("log, golden ratio", "log, base 3/2", "subset sum"):
         assert laws[each]["linear_in_log"]["r_squared"] > 0.97
         assert laws[each]["power_law"]["slope"] < 0.35

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,12 @@ def _edges(ticket: Ticket) -> Markup:
     return bar_chart(bars, title="Kept random edges per target weight", width=640)
 
 
+def _heading(svg: Markup) -> Markup:
+    """The chart's own title (escaped already)."""
+    found = re.search(r"<title>(.*?)</title>", svg)
+    return Markup(found[1]) if found else Markup("")
+
+
 def _page(experiment: Experiment, subtitle: str, command: str) -> str:
     here = Path(__file__).parent / "templates"
     environment = jinja2.Environment(
@@ -124,7 +131,7 @@ def _page(experiment: Experiment, subtitle: str, command: str) -> str:
         "title": experiment.title,
         "subtitle": subtitle,
         "findings": experiment.findings,
-        "charts": list(experiment.charts.items()),
+        "charts": [(name, _heading(svg), svg) for name, svg in experiment.charts.items()],
         "tables": experiment.tables,
         "command": command,
         "style": Markup(read_template("style.css")),
