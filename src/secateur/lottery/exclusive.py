@@ -7,12 +7,15 @@ extra logarithm of the union bound.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from secateur.lottery.drawing import draw
+from secateur.lottery.drawing import draw, have_numba
 from secateur.lottery.philox import ROLE_IN, ROLE_OUT
 from secateur.lottery.search import Floats, Ints, Picks, Pools
 
@@ -50,25 +53,46 @@ def _tile(
     return usable, product, np.where(fits, np.clip(interval, 0, len(edges) - 2), -1)
 
 
+def _assign(interval: Any, slots: Any) -> None:
+    """Give each neuron, as it comes, to an output whose slot of that interval is still open.
+
+    interval (m, O), -1 where unfit; slots (O, k), -1 where open. Outputs are tried in turn from a
+    place that moves on with every neuron, so that all fill up alike.
+    """
+    neurons, outputs = interval.shape
+    left = (slots < 0).sum()
+    for m in range(neurons):
+        if left == 0:
+            return
+        for step in range(outputs):
+            o = (m + step) % outputs
+            i = interval[m, o]
+            if i >= 0 and slots[o, i] < 0:
+                slots[o, i] = m
+                left -= 1
+                break
+
+
+@cache
+def _assigner() -> Any:
+    """``_assign``, compiled where numba is there."""
+    if not have_numba():
+        return _assign
+    from numba import njit
+
+    return njit(cache=True)(_assign)
+
+
 def _first_come(
     want: Floats, product: Floats, interval: Ints, edges: Floats
 ) -> tuple[Ints, Floats, int]:
     """Fill every slot of every output in the order the neurons come; then decide greedily."""
     outputs, bits = len(want), len(edges) - 1
     slots = np.full((outputs, bits), -1, np.int64)
-    is_open = np.zeros((outputs, bits + 1), bool)  # the last column stands for "unfit"
-    is_open[want > 0, :bits] = True
-    left = int(is_open.sum())
+    slots[want == 0] = 0  # nothing wanted: closed from the start
+    _assigner()(np.ascontiguousarray(interval), slots)
+    slots[want == 0] = -1
     everyone = np.arange(outputs)
-    for m in range(len(product)):
-        free = is_open[everyone, interval[m]].nonzero()[0]
-        if free.size:
-            o = free[m % free.size]  # spread over the outputs
-            slots[o, interval[m, o]] = m
-            is_open[o, interval[m, o]] = False
-            left -= 1
-            if left == 0:
-                break
     rest, empty = want.copy(), 0
     for i in range(bits):
         there = slots[:, i] >= 0
