@@ -31,6 +31,8 @@ COMMANDS = (
     "export",
     "demo",
 )
+# Commands with commands of their own.
+GROUPS = ("forest", "lottery")
 
 app = typer.Typer(
     name="secateur",
@@ -45,6 +47,8 @@ for name in COMMANDS:
     module = importlib.import_module(f"secateur.cli.{name}")
     app.command(module.NAME, help=module.__doc__)(module.command)
 importlib.import_module("secateur.cli.listing").add_to(app)
+for name in GROUPS:
+    app.add_typer(importlib.import_module(f"secateur.cli.{name}").app, name=name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
