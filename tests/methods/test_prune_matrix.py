@@ -228,3 +228,12 @@ def test_a_plug_in_without_existing_zeros():
     w[0, 7] = 0
     cut = Cut.of((4, 8), Target.parse(0.5), Scope("row"))
     assert prune_matrix(OldStyle(), w, Evidence("fc"), cut).mask[:, :4].all()
+
+
+@pytest.mark.parametrize("d_in", [1, 255, 256, 257, 600])
+def test_output_error_from_half_of_the_moments(d_in):
+    w, evidence, x = layer(d_out=9, d_in=d_in)
+    pruned = w * (w.abs() > 0.5)
+    true = torch.linalg.norm(x.double() @ (w - pruned).T.double())
+    true = true / torch.linalg.norm(x.double() @ w.T.double())
+    assert output_error(w, pruned, evidence) == pytest.approx(float(true), rel=1e-4)
