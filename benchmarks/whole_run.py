@@ -1,6 +1,6 @@
 """What pruning costs on top of the calibration forwards it cannot do without.
 
-    python -m benchmarks.whole_run                          # SmolLM2-135M, its first 4 blocks
+    python -m benchmarks.whole_run                          # SmolLM2-135M, its first 8 blocks
     python -m benchmarks.whole_run --blocks 30 --rounds 1   # all of it
 
 A run that propagates the pruned activations needs two forwards of every block: one to see its
@@ -46,10 +46,10 @@ def main() -> None:
     """Measure each method against its forwards, in turns."""
     parser = arguments(__doc__)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
     model = shortened(given.model, given.blocks)
@@ -60,16 +60,11 @@ def main() -> None:
     splits: dict[str, list[dict[str, float]]] = {name: [] for name, *_ in CASES}
 
     def run(method: str) -> None:
-        subject = subjects.pop()
-        report = secateur.prune(
-            subject, method=method, calibration=ids, samples=given.samples, length=given.length
-        ).report
-        splits[method].append(report["timing"])
+        result = secateur.prune(subjects.pop(), method=method, calibration=ids)
+        splits[method].append(result.report["timing"])
 
-    subjects = [copy.deepcopy(model) for _ in CASES]
     for name, *_ in CASES:  # imports and caches
-        run(name)
-        splits[name].clear()
+        secateur.prune(copy.deepcopy(model), method=name, calibration=ids[:1, :64])
     seconds: dict[str, list[float]] = {}
     for _ in range(given.rounds):
         subjects = [copy.deepcopy(model) for _ in CASES]
