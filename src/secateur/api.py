@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from secateur.models.checks import fingerprint_model
 from secateur.models.loading import Loaded
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Evaluation, Recipe
@@ -31,6 +31,7 @@ def prune(
     evaluation: str | Mapping[str, Any] | Evaluation | None = None,
     out: str | Path | None = None,
     fresh: bool = False,
+    evidence: str | Path | None = None,
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Result:
@@ -49,6 +50,8 @@ def prune(
         evaluation: text to measure quality on, dense against pruned, or the fields of
             ``secateur.recipe.Evaluation``; None measures nothing.
         out: a run's folder (resumable, with report); None keeps everything in memory.
+        evidence: folder where what is gathered (gradients; with ``propagate="dense"`` also the
+            inputs' moments) is kept, and taken from, by this and other runs.
         fresh: throw away what an earlier run left in ``out``.
         progress: ``secateur.progress.RichProgress()`` draws bars.
         **settings: any other field of ``secateur.Recipe`` (``update``, ``scope``, ``options``,
@@ -79,13 +82,14 @@ def prune(
     )
     loaded = None
     if isinstance(model, nn.Module):
-        loaded = Loaded(model, tokenizer, None, _name(model), _weights_digest(model))
+        loaded = Loaded(model, tokenizer, None, _name(model), fingerprint_model(model))
     return execute(
         recipe,
         out=None if out is None else Path(out),
         loaded=loaded,
         calibration=None if isinstance(calibration, str | Path) else calibration,
         fresh=fresh,
+        evidence=None if evidence is None else Path(evidence),
         progress=progress,
         command="secateur.prune(...)",
     )
@@ -93,14 +97,3 @@ def prune(
 
 def _name(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
-
-
-def _weights_digest(model: nn.Module) -> str:
-    """SHA-256 over a sample of every parameter: enough to tell one model from another."""
-    state = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()
-        state.update(f"{name}{tuple(parameter.shape)}".encode())
-        state.update(sample.numpy().tobytes())
-    return state.hexdigest()

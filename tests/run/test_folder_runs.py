@@ -80,6 +80,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(
         killed += 1
     work(model, str(folder), 0.0, settings)
     assert outcome(folder) == expected
+    assert not list(folder.rglob("*.part")), "a killed writer's leavings are swept up"
 
 
 def test_running_again_changes_nothing(tiny_folder, tmp_path):
@@ -130,7 +131,7 @@ LAYERS = {"gpt2": "n_layer", "bloom": "n_layer"}
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "gblm"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bloom"])
 def test_streaming_gives_the_same_model(tiny_folder, tmp_path, family, method):
     model = str(tiny_folder(family))
     run = {"calibration": IDS, "method": method, "sparsity": "2:4"}
@@ -198,22 +199,34 @@ def test_a_corrupt_block_shard_is_found(tiny_folder, tmp_path):
         verify_run(out)
 
 
-def test_full_disk(tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "wanda"},
+        {"method": "gblm"},
+        {"method": "wanda", "evaluation": {"length": 32, "windows": 2, "speed": False}},
+    ],
+)
+def test_full_disk(tiny_folder, tmp_path, settings):
     """A limit on file size stands in for a full disk: message, no half file, then it goes on."""
     import resource
 
     model, out = str(tiny_folder("llama")), tmp_path / "run"
+    text = tmp_path / "text.txt"
+    text.write_text("The gardener cut the roses, and the roses grew again. " * 200)
+    if "evaluation" in settings:
+        settings = {**settings, "evaluation": {**settings["evaluation"], "text": str(text)}}
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(SecateurError, match="cannot write"):
-            secateur.prune(model, calibration=IDS, out=out)
+            secateur.prune(model, calibration=IDS, out=out, **settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(out.rglob("*.part"))
     assert not (out / "model-block-00000.safetensors").exists()
-    assert secateur.prune(model, calibration=IDS, out=out).report["verified"]
+    assert secateur.prune(model, calibration=IDS, out=out, **settings).report["verified"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -227,3 +240,55 @@ def test_out_is_a_file(tiny_folder, tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UsageError, match="file"):
         secateur.prune(str(tiny_folder("llama")), calibration=IDS, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_streamed_run_can_go_on_resident(tiny_folder, tmp_path, family):
+    model = str(tiny_folder(family))
+    run = {"calibration": IDS, "method": "wanda", "sparsity": 0.5, "out": tmp_path / "run"}
+    secateur.prune(model, stream=True, **run)
+    result = secateur.prune(model, **run)
+    for name, mask in result.masks.items():
+        assert int(mask.sum()) > 0, name
+    again = secateur.load_pruned(tmp_path / "run")
+    for (name, a), b in zip(result.model.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_evaluation_may_change_between_attempts(tiny_folder, tmp_path, monkeypatch):
+    """Saved states of the dense model belong to their windows and to no others."""
+    from secateur.run.engine import Engine
+
+    model = str(tiny_folder("llama"))
+    texts = []
+    for n, words in enumerate(("roses and shears ", "Call me Ishmael, some years ago ")):
+        texts.append(tmp_path / f"{n}.txt")
+        texts[-1].write_text(words * 300)
+    run = {"calibration": IDS, "method": "wanda", "out": tmp_path / "run"}
+
+    def evaluation(text):
+        return {"text": str(text), "length": 32, "windows": 4, "speed": False}
+
+    with monkeypatch.context() as patch:
+
+        def stops(self, block):
+            raise KeyboardInterrupt
+
+        patch.setattr(Engine, "block", stops)
+        with pytest.raises(KeyboardInterrupt):
+            secateur.prune(model, evaluation=evaluation(texts[0]), **run)
+    resumed = secateur.prune(model, evaluation=evaluation(texts[1]), **run)
+    run["out"] = tmp_path / "other"
+    straight = secateur.prune(model, evaluation=evaluation(texts[1]), **run)
+    for which in ("dense", "pruned"):
+        a, b = (r.report["quality"][which]["perplexity"] for r in (resumed, straight))
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_fresh_does_not_take_a_folder_that_merely_looks_like_one(tiny_folder, tmp_path):
+    """A source tree has a folder called secateur too."""
+    (tmp_path / "secateur").mkdir()
+    (tmp_path / "secateur" / "code.py").write_text("precious")
+    with pytest.raises(UsageError):
+        secateur.prune(str(tiny_folder("llama")), calibration=IDS, out=tmp_path, fresh=True)
+    assert (tmp_path / "secateur" / "code.py").read_text() == "precious"

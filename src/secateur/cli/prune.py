@@ -14,6 +14,7 @@ Run the same command again after a crash or Ctrl-C: it goes on where it stopped.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -57,6 +58,9 @@ def command(
     dtype: common.Dtype = None,
     stream: common.Stream = False,
     trust_remote_code: common.TrustRemoteCode = False,
+    evidence: Annotated[
+        Path | None, typer.Option(help="folder where evidence is kept for other runs")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="throw an earlier run in DIR away")
     ] = False,
@@ -104,6 +108,7 @@ def command(
         recipe,
         out=out,
         fresh=fresh,
+        evidence=evidence,
         progress=common.progress(as_json),
         command=common.command_line(),
     )

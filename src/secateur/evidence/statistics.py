@@ -7,6 +7,7 @@ the same result after ``merge``; normalisation happens only when a figure is rea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ class InputMoments:
             torch.zeros(features, features, dtype=torch.float32, device=device) if gram else None
         )
         self.cross: Tensor | None = None
+        # (tokens, damping, factor): the last factor made from these sums (methods.factors)
+        self.solved: tuple[int, float, Any] | None = None
 
     @torch.no_grad()
     def update(self, inputs: Tensor, keep: Tensor | None = None) -> None:
@@ -84,7 +87,9 @@ class InputMoments:
         if keep is not None:
             pair = [x[keep.reshape(-1)] for x in pair]
         if self.cross is None:
-            self.cross = torch.zeros_like(self.second_moment())
+            self.cross = torch.zeros(
+                pair[0].shape[1], pair[1].shape[1], device=self.diagonal.device
+            )
         self.cross.addmm_(pair[0].T, pair[1])
 
     def merge(self, other: InputMoments) -> None:

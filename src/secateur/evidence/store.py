@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.evidence.statistics import GradientMoments, InputMoments
-from secateur.files import replacing, write_json
+from secateur.files import write_json
+from secateur.tensorfile import save_tensors
 
 
 def digest(record: Any) -> str:
@@ -101,8 +101,7 @@ class EvidenceStore:
         return out
 
     def _write(self, block: int, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-        with replacing(self.path(block)) as temporary:
-            save_file(tensors, temporary, metadata={"names": json.dumps(header)})
+        save_tensors(self.path(block), tensors, {"names": json.dumps(header)})
 
     def _read(self, block: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:

@@ -16,6 +16,10 @@ from secateur.export.folder import ModelFolder
 from secateur.export.loading import load_pruned
 
 
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative differences of logits that rounding explains."""
+
+
 @torch.no_grad()
 def reference_logits(model: Any, input_ids: Tensor) -> Tensor:
     """The logits (batch, length, vocabulary) of ``model`` on ``input_ids``, float32 on the CPU."""
@@ -36,7 +40,9 @@ def verify_folder(
     *,
     masks: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | str = "auto",
-    tolerance: float = 1e-4,
+    device: torch.device | str = "cpu",
+    tolerance: float | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Re-open ``folder`` without Secateur's help and compare it with the model in memory.
 
@@ -49,7 +55,10 @@ def verify_folder(
         logits: (batch, length, vocabulary), from ``reference_logits``.
         masks: instead of the folder's own.
         dtype: type to run in; must be the one ``logits`` were made in.
-        tolerance: largest allowed difference, relative to the largest absolute logit.
+        device: where to run; kernels of another device round differently.
+        tolerance: largest allowed difference, relative to the largest absolute logit; by
+            default what the type's precision allows (``TOLERANCES``).
+        trust_remote_code: run Python code shipped with the model.
 
     Returns:
         ``masked`` weights, and with logits ``max_difference`` (absolute), ``relative`` and
@@ -67,7 +76,10 @@ def verify_folder(
     record: dict[str, Any] = {"masked": masked}
     if input_ids is None or logits is None:
         return record
-    found = reference_logits(load_pruned(folder, dtype=dtype), input_ids)
+    model = load_pruned(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
+    if tolerance is None:
+        tolerance = TOLERANCES[next(model.parameters()).dtype]
+    found = reference_logits(model, input_ids)
     record |= compare_logits(found, logits)
     if not record["relative"] <= tolerance:  # also when it is NaN
         raise VerificationError(

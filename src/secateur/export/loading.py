@@ -11,13 +11,20 @@ from secateur.errors import MissingExtra, UsageError, VerificationError
 from secateur.export.bitmask import FILE_NAME, load_bitmask
 
 
-def load_pruned(path: Path | str, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> Any:
-    """A ready transformers causal LM from a pruned folder; no remote code is ever run.
+def load_pruned(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """A ready transformers causal LM from a pruned folder.
 
     Args:
         path: a folder of ``save_pretrained``'s layout, or one with a bitmask container (its
             weights are unpacked on the CPU and handed to a model built without memory).
         dtype: as for ``from_pretrained``; "auto" keeps the stored type.
+        trust_remote_code: run Python code shipped with the model; never by default.
         **kwargs: passed on to ``from_pretrained`` (``device_map``, ``attn_implementation``).
 
     Raises:
@@ -31,14 +38,16 @@ def load_pruned(path: Path | str, *, dtype: torch.dtype | str = "auto", **kwargs
 
     auto: Any = AutoModelForCausalLM
     path = Path(path)
-    kwargs["trust_remote_code"] = False
+    kwargs["trust_remote_code"] = trust_remote_code
     if not (path / "config.json").is_file():
         raise UsageError("not a model folder: it has no config.json", field="path", value=str(path))
     if not (path / FILE_NAME).is_file():
         return auto.from_pretrained(
             path, dtype=dtype, use_safetensors=True, local_files_only=True, **kwargs
         )
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    config = AutoConfig.from_pretrained(
+        path, trust_remote_code=trust_remote_code, local_files_only=True
+    )
     weights = load_bitmask(path)
     if dtype == "auto":
         dtype = _stored_type(weights)

@@ -89,6 +89,7 @@ def load(
     stream: bool = False,
     tokenizer: bool = True,
     trust_remote_code: bool = False,
+    blocks: str | None = None,
     progress: Progress = SILENT,
 ) -> Loaded:
     """Load a causal language model.
@@ -101,6 +102,7 @@ def load(
         stream: leave the blocks on disk and bring them in one at a time.
         tokenizer: load it too, and check that it fits.
         trust_remote_code: run Python code shipped with the model.
+        blocks: path of the list of blocks, needed only to stream an unknown architecture.
 
     Raises:
         UsageError: no such model; not a causal language model; quantised; no tokenizer or
@@ -120,7 +122,9 @@ def load(
         if stream:
             from secateur.models.streaming import StreamedModel
 
-            streamed = StreamedModel.open(source.folder, config, kind, where, trust_remote_code)
+            streamed = StreamedModel.open(
+                source.folder, config, kind, where, trust_remote_code, blocks
+            )
             model = streamed.model
         else:
             model = _model(source, config, kind, trust_remote_code, notes)

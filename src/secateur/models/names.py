@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.models.shards import SafetensorsFolder
+from secateur.models.shards import SafetensorsFolder, Shard
 
 
 @dataclass
@@ -35,7 +35,7 @@ class CheckpointMap:
         tensors: the checkpoint.
     """
 
-    def __init__(self, model: nn.Module, tensors: SafetensorsFolder) -> None:
+    def __init__(self, model: nn.Module, tensors: SafetensorsFolder | Shard) -> None:
         self.model = model
         self.tensors = tensors
         self.recipes: dict[str, _Recipe] = {}

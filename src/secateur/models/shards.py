@@ -92,6 +92,21 @@ class Shard:
             raise _damaged(self.path, f"'{name}' has {stop - begin} bytes for {spec}")
         return spec, begin, stop
 
+    def names(self) -> list[str]:
+        """Its tensors."""
+        return list(self.specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return self.specs[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor."""
+        return self.specs[name].dtype
+
     def read(self, name: str) -> Tensor:
         """Read one tensor into fresh memory."""
         spec = self.specs[name]

@@ -69,10 +69,16 @@ class StreamedModel:
         view: its anatomy, with which the list of blocks was found.
     """
 
-    def __init__(self, model: Any, tensors: SafetensorsFolder, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tensors: SafetensorsFolder,
+        device: torch.device,
+        blocks: str | None = None,
+    ) -> None:
         self.model = model
         self.device = device
-        self.view = ModelView.of(model)
+        self.view = ModelView.of(model, blocks)
         self.names = CheckpointMap(model, tensors)
         self._inside = f"{self.view.path}."
         self._resident: set[int] = set()
@@ -88,6 +94,7 @@ class StreamedModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
+        blocks: str | None = None,
     ) -> StreamedModel:
         """Build the model of a checkpoint folder and load all that lies outside its blocks.
 
@@ -103,7 +110,7 @@ class StreamedModel:
         model = without_weights(
             lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         )
-        return cls(model, tensors, torch.device(device))
+        return cls(model, tensors, torch.device(device), blocks)
 
     @contextmanager
     def resident(self, block: Block) -> Iterator[Block]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secateur.masks.store import load_masks, save_masks
 from secateur.models.anatomy import Block
+from secateur.models.names import CheckpointMap
 from secateur.models.saving import block_state
 from secateur.models.shards import Shard, write_shard
 from secateur.run.engine import BlockResult, Engine
@@ -56,7 +57,7 @@ class Checkpoint:
         results = []
         for block, record in zip(self.engine.view.blocks, records, strict=False):
             if self.resident:
-                self._put_back(block)
+                self._put_back(block, folder)
             results.append(
                 BlockResult(
                     block.index,
@@ -102,10 +103,6 @@ class Checkpoint:
     def _write(self, block: Block, result: BlockResult, folder: RunFolder) -> None:
         state = block_state(self.engine.view, block)
         write_shard(folder.shard(block.index), state)
-        own = _own_state(block)
-        if self.resident and own.keys() != state.keys():
-            # The checkpoint names are not the module's (fused experts): keep ours to resume from.
-            write_shard(self._aside(block), own)
         transposed = [m.name for m in block.matrices if m.transposed]
         words = {"transposed": transposed} if transposed else {}
         save_masks(folder.mask_shard(block.index), result.masks, words)
@@ -118,19 +115,11 @@ class Checkpoint:
         folder.save(f"blocks/{block.index:05d}.json", record)
         folder.event("block", index=block.index, error=result.error, seconds=result.seconds)
 
-    def _aside(self, block: Block) -> Any:
-        assert self.folder is not None
-        return self.folder.inner / "state" / f"block-{block.index:05d}.safetensors"
-
     @torch.no_grad()
-    def _put_back(self, block: Block) -> None:
-        assert self.folder is not None
-        aside = self._aside(block)
-        shard = Shard(aside if aside.exists() else self.folder.shard(block.index))
-        for matrix in block.matrices:
-            tensor = shard.read(matrix.key)
+    def _put_back(self, block: Block, folder: RunFolder) -> None:
+        """The block's pruned weights from its shard, whatever names checkpoints give them."""
+        shard = Shard(folder.shard(block.index))
+        stored = CheckpointMap(self.engine.view.model, shard)
+        for matrix in {m.key: m for m in block.matrices}.values():
+            tensor = stored.read([matrix.key])[matrix.key]
             matrix.stored.copy_(tensor.to(matrix.stored))
-
-
-def _own_state(block: Block) -> dict[str, Tensor]:
-    return {f"{block.name}.{k}": v for k, v in block.module.state_dict().items()}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from secateur import __version__
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import fidelity
 from secateur.files import write_json
@@ -49,6 +50,8 @@ def compare(
     targets = [str(Target.parse(s)) for s in sparsities]
     recipes = {(n, t): _one(recipe, n, t) for n in names for t in targets}
     writable(out)
+    if (out / "secateur" / "run.json").exists():
+        raise UsageError("holds a run, whose report would be lost", field="out", value=str(out))
     # The most demanding first: its full moments then serve every other method.
     order = sorted(recipes, key=lambda k: _appetite(needs(*_parts(recipes[k]))), reverse=True)
     session = prepare(recipes[order[0]], progress=progress)
@@ -75,6 +78,7 @@ def compare(
     record = table.record(names, targets) | {
         "command": command,
         "model": session.loaded.name,
+        "propagate": recipe.propagate,
         "calibration": None if session.calibration is None else session.calibration.record,
     }
     write_json(out / "comparison.json", record)
@@ -110,7 +114,13 @@ class _Table:
             "model": session.loaded.fingerprint,
             "calibration": None if calibration is None else calibration.fingerprint,
             "evaluation": session.evaluation.fingerprint,
-            "propagate": session.recipe.propagate,
+            "dtype": str(next(session.loaded.model.parameters()).dtype),
+            "device": session.device.type,
+            "secateur": __version__,
+            **session.recipe.model_dump(
+                mode="json",
+                include={"propagate", "granularity", "reconstruct", "scope", "include", "exclude"},
+            ),
         }
         self.cells: dict[str, dict[str, Any]] = {}
         if path.exists():

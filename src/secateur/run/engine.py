@@ -60,6 +60,7 @@ class Engine:
         ranks: the processes that share this run.
         reference: the dense model's hidden states per batch, moved along beside the replay's;
             then matrices are fitted to the dense model's outputs (see ``solvers.retarget``).
+        sequences: calibration sequences over all ranks.
     """
 
     view: ModelView
@@ -74,6 +75,7 @@ class Engine:
     store: EvidenceStore | None = None
     ranks: Ranks = field(default_factory=Ranks)
     reference: list[Tensor] | None = None
+    sequences: int = 0
 
     @property
     def needs_gram(self) -> bool:
@@ -152,7 +154,7 @@ class Engine:
                     matrix.name,
                     inputs.moments.get(matrix.name),
                     None if sums is None else of_matrix(sums, matrix),
-                    self.replay.sequences * self.ranks.world if self.replay else 0,
+                    self.sequences,
                 )
                 mine[matrix.name] = self._solve(block, matrix, evidence, maps)
         for matrix in matrices:

@@ -22,6 +22,8 @@ def gather_gradients(session: Session, root: Path | None) -> Gradients | None:
         "model": session.loaded.fingerprint,
         "calibration": windows.fingerprint,
         "norms": norms,
+        "dtype": str(next(session.loaded.model.parameters()).dtype),
+        "matrices": sorted(session.shapes),
     }
     store = None if root is None else EvidenceStore(root, "gradients", key)
     if store is not None and store.complete:

@@ -25,12 +25,13 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.errors import SecateurError, UsageError
-from secateur.files import replacing, told_plainly, write_json, write_text
+from secateur.files import told_plainly, write_json, write_text
 from secateur.recipe import Recipe
+from secateur.tensorfile import save_tensors
 
 
 class RunFolder:
@@ -69,7 +70,9 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UsageError("is a file, not a folder", field="out", value=str(path))
         if path.is_dir() and any(path.iterdir()) and not (self.inner / "run.json").exists():
-            known = {"secateur"}
+            # An earlier attempt may have left nothing but its lock.
+            ours = self.inner.is_dir() and {p.name for p in self.inner.iterdir()} <= {"lock"}
+            known = {"secateur"} if ours else set()
             foreign = sorted(p.name for p in path.iterdir() if p.name not in known)
             if foreign:
                 raise UsageError(
@@ -94,6 +97,7 @@ class RunFolder:
         try:
             if fresh:
                 self._clear()
+            self._sweep()
             self._claim(identity)
         except BaseException:
             self.close()
@@ -131,6 +135,13 @@ class RunFolder:
                     )
         else:
             write_json(marker, identity)
+
+    def _sweep(self) -> None:
+        """Remove what a killed writer left half-written."""
+        for part in self.path.rglob(".*.part"):
+            part.unlink(missing_ok=True)
+        for folder in self.path.glob(".config.*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _clear(self) -> None:
         for item in self.path.iterdir():
@@ -197,8 +208,7 @@ class RunFolder:
         """Remember the inputs of ``block``; only the last boundary is kept."""
         path = self._boundary
         tensors = {f"{b:06d}": h.contiguous().cpu() for b, h in enumerate(hidden)}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"block": str(block)})
+        save_tensors(path, tensors, {"block": str(block)})
 
     def load_boundary(self, device: torch.device) -> tuple[int, list[Tensor]] | None:
         """The last boundary (block, inputs), or None."""

@@ -1,4 +1,4 @@
-"""The dry run: exact counts, and what a run would cost here. Reads headers, prunes nothing."""
+"""The dry run: exact counts, and what a run would cost here. Prunes and writes nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def forecast(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
     """What ``recipe`` would do: the plan, counts by shape, time, memory, bytes, speed.
 
     Time rests on a one-second measurement of this machine's matrix products; it is an
-    estimate (within a factor of two in our tests), the counts are exact.
+    estimate (often off by a factor of two), the counts are exact.
     """
     method, scope, update = resolve(recipe)
     loaded = load(
@@ -31,6 +31,7 @@ def forecast(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
         stream=True,
         tokenizer=False,
         trust_remote_code=recipe.trust_remote_code,
+        blocks=recipe.blocks,
     )
     view = ModelView.of(loaded.model, recipe.blocks, recipe.include, recipe.exclude)
     plan = uniform({m.name: m.shape for m in view.matrices()}, recipe.target)
@@ -38,7 +39,7 @@ def forecast(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
         plan.cut(name, scope)  # refuses what does not divide
     evidence = needs(method, update)
     with progress.stage("measuring this machine"):
-        speed = matrix_speed()
+        speed = matrix_speed(loaded.device)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     itemsize = next(loaded.model.parameters()).element_size()
     tokens = (
@@ -46,7 +47,7 @@ def forecast(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
     )
     forwards = _forwards(recipe, evidence)
     flops = 2.0 * plan.elements * tokens * forwards
-    hidden = loaded.model.config.hidden_size if hasattr(loaded.model, "config") else 0
+    hidden = view.hidden_size or 0
     gram = 0
     if Need.GRAM in evidence:
         # One moment matrix per distinct input: q/k/v share theirs, gate/up too.
@@ -99,6 +100,8 @@ def _forwards(recipe: Recipe, evidence: frozenset[Need]) -> int:
     count = 1 if recipe.propagate == "dense" else 2
     if recipe.granularity == "true_sequential":
         count += 2
+    if recipe.reconstruct == "dense":
+        count *= 2
     # A backward costs two forwards.
     return count + (3 if any(n.startswith("grad-") for n in evidence) else 0)
 
@@ -125,9 +128,8 @@ def _rows(plan: Any, view: ModelView) -> list[dict[str, Any]]:
     return rows
 
 
-def matrix_speed(seconds: float = 0.7) -> float:
-    """This machine's float32 matrix products, GFLOP/s."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def matrix_speed(device: torch.device, seconds: float = 0.7) -> float:
+    """The device's float32 matrix products, GFLOP/s."""
     a, b = (torch.randn(1024, 1024, device=device) for _ in range(2))
     float((a @ b)[0, 0])
     start, done = time.perf_counter(), 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
@@ -46,7 +47,14 @@ def _reopened(session: Session, folder: RunFolder | None) -> Session:
     """A streamed model's session over the weights that now lie in the run's folder."""
     assert folder is not None
     dtype = next(session.loaded.model.parameters()).dtype
-    streamed = StreamedModel.open(folder.path, None, dtype, session.device)
+    streamed = StreamedModel.open(
+        folder.path,
+        None,
+        dtype,
+        session.device,
+        session.recipe.trust_remote_code,
+        session.recipe.blocks,
+    )
     view = ModelView.of(streamed.model, session.recipe.blocks)
     return replace(session, view=view, resident=streamed.resident)
 
@@ -58,9 +66,17 @@ def measure_size(
     model = session.loaded.model
     memory = memory_bytes(model)
     pruned = memory if folder is None else weight_bytes(folder.path)
+    source = session.loaded.folder
+    dense = memory if source is None else weight_bytes(source)
+    if pruned > 1.01 * dense:
+        kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+        session.notes.append(
+            f"the weights were written as {kind}, wider than the checkpoint they came from "
+            "(--dtype, or 'secateur export --dtype bfloat16', writes them smaller)"
+        )
     return {
         "disk": {
-            "dense": memory,
+            "dense": dense,
             "pruned": pruned,
             **predicted_bytes(model, masks, session.recipe.target),
         },
@@ -88,15 +104,21 @@ def measure_speed(session: Session, *, owned: bool) -> dict[str, Any] | None:
     recipe = session.recipe
     with session.timed("speed"):
         try:
-            dense = load(recipe.model, dtype=recipe.dtype, device=recipe.device, tokenizer=False)
-        except SecateurError as error:
-            session.notes.append(f"speed was not measured: {error.message}")
-            return None
-        with session.progress.stage("measuring speed"):
-            return compare_speed(
-                dense.model,
-                session.loaded.model,
-                session.evaluation.ids[:1],
-                seconds=evaluation.speed_seconds,
-                target=recipe.target,
+            dense = load(
+                recipe.model,
+                dtype=recipe.dtype,
+                device=recipe.device,
+                tokenizer=False,
+                trust_remote_code=recipe.trust_remote_code,
             )
+            with session.progress.stage("measuring speed"):
+                return compare_speed(
+                    dense.model,
+                    session.loaded.model,
+                    session.evaluation.ids[:1],
+                    seconds=evaluation.speed_seconds,
+                    target=recipe.target,
+                )
+        except (SecateurError, MemoryError, torch.OutOfMemoryError) as error:
+            session.notes.append(f"speed was not measured: {error}")
+            return None

@@ -19,7 +19,7 @@ from secateur.run.evidence import gather_gradients
 from secateur.run.session import Session
 
 
-def make_plan(session: Session) -> Plan:
+def make_plan(session: Session, root: Path | None = None) -> Plan:
     """Spread the target over the matrices as the recipe's allocation says."""
     recipe, shapes = session.recipe, session.shapes
     if session.scope.kind == "global" or recipe.allocation == "global":
@@ -28,7 +28,7 @@ def make_plan(session: Session) -> Plan:
                 "a global ranking compares activation scores across layers, whose scales differ: "
                 "quality usually suffers (use scope row or block)"
             )
-        return global_plan(_dense_scores(session), recipe.target)
+        return global_plan(_dense_scores(session, root), recipe.target)
     if recipe.allocation == "uniform":
         return uniform(shapes, recipe.target)
     path = Path(recipe.allocation)
@@ -42,6 +42,13 @@ def make_plan(session: Session) -> Plan:
                 field="allocation",
                 value=recipe.allocation,
             )
+        if "sparsity" in recipe.model_fields_set and plan.target != recipe.target:
+            raise UsageError(
+                f"the plan was made for {plan.target}",
+                field="sparsity",
+                value=str(recipe.target),
+                fix=f"--sparsity {plan.target}, or leave it to the plan",
+            )
         return plan
     raise UsageError(
         "unknown allocation",
@@ -51,16 +58,17 @@ def make_plan(session: Session) -> Plan:
     )
 
 
-def _dense_scores(session: Session) -> Iterator[tuple[str, Tensor]]:
+def _dense_scores(session: Session, root: Path | None) -> Iterator[tuple[str, Tensor]]:
     """Scores of every matrix from the dense model's evidence, in the model's order."""
     replay = session.replay(session.calibration) if session.calibration is not None else None
-    gradients = gather_gradients(session, None)
+    gradients = gather_gradients(session, root)
     gram = Need.GRAM in session.method.requirements()
     for block in session.view.blocks:
         with session.present(block):
             moments: dict[str, Any] = {}
             if replay is not None:
                 inputs, replay.hidden = gather_inputs(replay, block, gram=gram)
+                session.ranks.sum_inputs(inputs)
                 moments = inputs.moments
             for m in block.matrices:
                 sums = gradients(block.index) if gradients else None
@@ -68,6 +76,6 @@ def _dense_scores(session: Session) -> Iterator[tuple[str, Tensor]]:
                     m.name,
                     moments.get(m.name),
                     None if sums is None else of_matrix(sums, m),
-                    replay.sequences if replay else 0,
+                    len(session.calibration) if session.calibration else 0,
                 )
                 yield m.name, session.method.score(m.tensor().float(), evidence)

@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.data.windows import Windows
 from secateur.evidence.replay import Replay, Residency
-from secateur.files import replacing
 from secateur.models.anatomy import ModelView
 from secateur.progress import SILENT, Progress
+from secateur.tensorfile import save_tensors
 
 
 class FinalStates:
@@ -44,6 +45,7 @@ class FinalStates:
             view, windows.ids, windows.mask, batch_size=size, device=device, resident=resident
         )
         self.replay.start()
+        self.fingerprint = windows.fingerprint
         self._where = {
             row.numpy().tobytes(): (b, i)
             for b, ids in enumerate(self.replay.ids)
@@ -60,8 +62,12 @@ class FinalStates:
         if not path.exists():
             return False
         try:
+            with safe_open(str(path), "pt") as file:
+                known = (file.metadata() or {}).get("windows")
             tensors = load_file(path, device=str(self.replay.device))
-        except Exception:  # a torn file of a killed run: compute again
+        except (SafetensorError, OSError):  # not ours, or torn: compute again
+            return False
+        if known != self.fingerprint:
             return False
         saved = [tensors[k] for k in sorted(tensors)]
         if [t.shape for t in saved] != [h.shape for h in self.replay.hidden]:
@@ -72,8 +78,7 @@ class FinalStates:
     def save(self, path: Path) -> None:
         """Keep the states for a resumed run."""
         tensors = {f"{b:06d}": h.contiguous().cpu() for b, h in enumerate(self.replay.hidden)}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary)
+        save_tensors(path, tensors, {"windows": self.fingerprint})
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -33,17 +34,20 @@ class Ranks:
         self.world = world
 
     @classmethod
-    def from_environment(cls) -> Ranks:
+    def from_environment(cls, device: str = "auto") -> Ranks:
         """As torchrun says; joins the process group on first use (NCCL on GPUs, else gloo)."""
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
             return cls()
         if not dist.is_initialized():
-            if torch.cuda.is_available():
+            # One rank evaluates alone while the others wait for it.
+            patience = timedelta(hours=12)
+            if torch.cuda.is_available() and device != "cpu":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-                dist.init_process_group("cpu:gloo,cuda:nccl")  # masks and counts lie on the CPU
+                # Masks and counts lie on the CPU, moments and weights on the GPU.
+                dist.init_process_group("cpu:gloo,cuda:nccl", timeout=patience)
             else:
-                dist.init_process_group("gloo")
+                dist.init_process_group("gloo", timeout=patience)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property

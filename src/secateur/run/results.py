@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def assemble(
     speed: dict[str, Any] | None,
     zeros: int,
     memory_peak: int,
+    reopened: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything known about a run as one JSON-able record (the report's only input)."""
     modules = [m for result in results for m in result.modules]
@@ -41,7 +43,7 @@ def assemble(
         "command": command,
         "recipe": session.recipe.model_dump(mode="json"),
         "resolved": {"scope": str(session.scope), "update": session.update},
-        "created": None,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": {
             "name": session.loaded.name,
             "parameters": parameters,
@@ -55,7 +57,7 @@ def assemble(
             for r in results
         ],
         "totals": {
-            "asked": plan.target.sparsity,
+            "asked": plan.removed / max(1, plan.elements),
             "delivered": zeros / max(1, plan.elements),
             "zeros": zeros,
             "elements": plan.elements,
@@ -69,6 +71,7 @@ def assemble(
         "memory_peak": memory_peak,
         "machine": machine(session.device),
         "notes": notes,
+        "reopened": reopened,
         "verified": True,
     }
 

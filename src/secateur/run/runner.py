@@ -7,12 +7,14 @@ where a killed one stopped, and gives the same bytes.
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.allocation.plan import Plan
@@ -21,6 +23,7 @@ from secateur.evidence.store import EvidenceStore
 from secateur.masks.store import JoinedMasks
 from secateur.methods import Need
 from secateur.models.loading import Loaded
+from secateur.models.shards import INDEX
 from secateur.models.state import evaluating
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Recipe
@@ -101,22 +104,23 @@ def execute(
             folder.save_recipe(recipe)
             folder.event("started", model=session.loaded.name, target=str(recipe.target))
         stack.enter_context(evaluating(session.loaded.model))
-        plan = make_plan(session)
+        plan = make_plan(session, evidence or (folder.inner / "evidence" if folder else None))
         if folder is not None:
             folder.save("plan.json", plan.record())
         # The dense model is measured now; what is returned measures the pruned one later.
         quality = measure_quality(session, folder)
         results = prune_blocks(session, plan, folder, evidence)
+        peak = peak_memory()
         masks: Mapping[str, Tensor] = JoinedMasks(result.masks for result in results)
         if not session.ranks.leads:
             session.ranks.barrier()
             return Result(session.loaded.model, session.loaded.tokenizer, masks, {}, out)
-        zeros = verify_zeros(session, plan, masks, folder)
+        zeros = verify_zeros(session, plan, masks)
+        reopened: dict[str, Any] | None = None
         if folder is not None:
             with session.timed("saving"):
                 finish_checkpoint(session, folder)
-                reopened = reopen(session, folder)
-                folder.event("reopened", **reopened)
+                reopened = _proven(session, folder)
         report = assemble(
             session,
             plan,
@@ -126,7 +130,8 @@ def execute(
             size=measure_size(session, folder, masks),
             speed=measure_speed(session, owned=loaded is None),
             zeros=zeros,
-            memory_peak=peak_memory(),
+            memory_peak=peak,
+            reopened=reopened,
         )
         if folder is not None:
             publish(report, folder)
@@ -135,6 +140,17 @@ def execute(
         session.ranks.barrier()
     model = None if session.loaded.streamed is not None else session.loaded.model
     return Result(model, session.loaded.tokenizer, masks, report, out)
+
+
+def _proven(session: Session, folder: RunFolder) -> dict[str, Any]:
+    """The folder re-opened and compared; one that does not hold must not look like a model."""
+    try:
+        reopened = reopen(session, folder)
+    except BaseException:
+        (folder.path / INDEX).unlink(missing_ok=True)
+        raise
+    folder.event("reopened", **reopened)
+    return reopened
 
 
 def prune_blocks(
@@ -160,6 +176,7 @@ def prune_blocks(
         true_sequential=session.recipe.granularity == "true_sequential",
         store=dense_store(session, evidence),
         ranks=session.ranks,
+        sequences=0 if session.calibration is None else len(session.calibration),
         reference=list(replay.hidden)
         if replay is not None and session.recipe.reconstruct == "dense"
         else None,
@@ -190,7 +207,12 @@ def dense_store(session: Session, root: Path | None) -> EvidenceStore | None:
     """
     if root is None or session.calibration is None or session.recipe.propagate != "dense":
         return None
-    key = {"model": session.loaded.fingerprint, "calibration": session.calibration.fingerprint}
+    key = {
+        "model": session.loaded.fingerprint,
+        "calibration": session.calibration.fingerprint,
+        "dtype": str(next(session.loaded.model.parameters()).dtype),
+        "matrices": sorted(session.shapes),
+    }
     full = EvidenceStore(root, "gram", key)
     if Need.GRAM in session.needs or full.complete:
         return full
@@ -198,5 +220,8 @@ def dense_store(session: Session, root: Path | None) -> EvidenceStore | None:
 
 
 def peak_memory() -> int:
-    """The most memory this process has held so far, bytes (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory this process has held so far, bytes: on the GPU if it used one."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

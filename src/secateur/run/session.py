@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +110,7 @@ def prepare(
     progress: Progress = SILENT,
 ) -> Session:
     """Load the model and resolve what the recipe leaves to defaults; nothing is changed yet."""
+    ranks = Ranks.from_environment(recipe.device)  # first: it chooses this process's GPU
     method, scope, update = resolve(recipe)
     if recipe.reconstruct == "dense" and update == "none":
         raise UsageError(
@@ -124,6 +127,7 @@ def prepare(
                 device=recipe.device,
                 stream=recipe.stream,
                 trust_remote_code=recipe.trust_remote_code,
+                blocks=recipe.blocks,
             )
             advance(1)
     streamed = loaded.streamed
@@ -138,7 +142,7 @@ def prepare(
         device=loaded.device,
         progress=progress,
         resident=None if streamed is None else streamed.resident,
-        ranks=Ranks.from_environment(),
+        ranks=ranks,
     )
     spec = recipe.calibration
     if session.needs:
@@ -150,7 +154,9 @@ def prepare(
             seed=spec.seed,
             vocabulary=loaded.vocabulary,
         )
-    if recipe.evaluation is not None and loaded.tokenizer is not None:
+    if recipe.evaluation is not None:
+        if loaded.tokenizer is None:
+            raise UsageError("measuring quality needs a tokenizer", field="tokenizer", value=None)
         session.evaluation = evaluation_windows(
             recipe.evaluation.text,
             loaded.tokenizer,
@@ -164,6 +170,9 @@ def prepare(
 def identity(session: Session) -> dict[str, Any]:
     """Everything the pruned weights depend on, and nothing else."""
     recipe = session.recipe.model_dump(mode="json")
+    plan = Path(session.recipe.allocation)
+    if plan.suffix == ".json" and plan.exists():
+        recipe["allocation"] = hashlib.sha256(plan.read_bytes()).hexdigest()
     for key in ("evaluation", "model", "stream", "device", "trust_remote_code"):
         recipe.pop(key)
     return {

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.errors import VerificationError
 from secateur.export.huggingface import reference_logits, verify_folder
-from secateur.files import replacing
 from secateur.masks.store import load_masks
 from secateur.models.state import quiet
 from secateur.progress import SILENT, Progress
 from secateur.run.folder import RunFolder
 from secateur.run.results import read_result
 from secateur.run.session import Session
+from secateur.tensorfile import save_tensors
 
 PROBE = "probe.safetensors"
 PROBE_TOKENS = 32
@@ -27,17 +27,25 @@ def reopen(session: Session, folder: RunFolder) -> dict[str, Any]:
     """Load the folder with plain transformers and compare its logits with the model in memory.
 
     The few tokens and their logits stay in the folder, for ``secateur verify``.
-    A streamed model is not loaded as a whole: its zeros have been checked on disk.
+    A streamed model is not loaded as a whole: its zeros are checked on disk, tensor by tensor.
     """
     if session.resident is not None:
-        return {"loaded": False, "why": "the weights were streamed"}
+        return {"loaded": False, "why": "the weights were streamed", **verify_folder(folder.path)}
     ids = _probe_ids(session)
     logits = reference_logits(session.loaded.model, ids)
-    with replacing(folder.inner / PROBE) as temporary:
-        save_file({"ids": ids, "logits": logits}, temporary)
     dtype = next(session.loaded.model.parameters()).dtype
+    words = {"dtype": str(dtype).removeprefix("torch."), "device": session.device.type}
+    save_tensors(folder.inner / PROBE, {"ids": ids, "logits": logits}, words)
     with quiet():
-        return {"loaded": True, **verify_folder(folder.path, ids, logits, dtype=dtype)}
+        found = verify_folder(
+            folder.path,
+            ids,
+            logits,
+            dtype=dtype,
+            device=session.device,
+            trust_remote_code=session.recipe.trust_remote_code,
+        )
+    return {"loaded": True, **found}
 
 
 def _probe_ids(session: Session) -> Tensor:
