@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from secateur.errors import SecateurError, UsageError
+from secateur.errors import UsageError
 from secateur.masks.target import Scope, Target
 
 Quality = Literal["fast", "good", "best"]
@@ -122,7 +122,7 @@ class Recipe(_Part):
     def _fill_from_quality(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("quality"):
             quality = data["quality"]
-            if quality not in PRESETS:
+            if not isinstance(quality, str) or quality not in PRESETS:
                 return data  # the field's own message names the choices
             preset = PRESETS[quality]
             # null leaves a setting to the preset; elsewhere (evaluation) it means what it says.
@@ -176,11 +176,13 @@ class Recipe(_Part):
     def load(cls, path: Path, **override: Any) -> Recipe:
         """Read a YAML recipe; ``override`` replaces top-level keys."""
         try:
-            values = yaml.load(path.read_text(), Loader=_Loader)
+            values = yaml.load(path.read_text("utf-8"), Loader=_Loader)
         except OSError as error:
             raise UsageError(
                 f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)
             ) from None
+        except UnicodeDecodeError:
+            raise UsageError("not text in UTF-8", field="recipe", value=str(path)) from None
         except yaml.YAMLError as error:
             where = getattr(error, "problem_mark", None)
             line = f" at line {where.line + 1}" if where else ""
@@ -208,11 +210,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _readable(error: ValidationError) -> SecateurError:
+def _readable(error: ValidationError) -> UsageError:
     first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, SecateurError):
-        return cause
     path = [str(p) for p in first["loc"] if p not in ("float", "str")]
     field = ".".join(path) or "recipe"
     if first["type"] == "extra_forbidden":
@@ -227,4 +226,4 @@ def _readable(error: ValidationError) -> SecateurError:
         )
     if first["type"] == "missing":
         return UsageError("is required", field=field, fix=f"give '{field}'")
-    return UsageError(first["msg"].removeprefix("Value error, "), field=field, value=first["input"])
+    return UsageError(first["msg"], field=field, value=first["input"])

@@ -263,11 +263,21 @@ def test_wanda_variant_spends_rows_unequally():
         ("ria", {"a": -0.5}, "a"),
         ("sparsegpt", {"damping": 2.0}, "damping"),
         ("sparsegpt", {"block_size": 0}, "block_size"),
+        ("gblm", {"alpha": "abc"}, "alpha"),
+        ("sparsegpt", {"damping": "x"}, "damping"),
+        ("sparsegpt", {"block_size": 1.5}, "block_size"),
+        ("wanda", {"variant": "maybe"}, "variant"),
     ],
 )
 def test_options_are_checked(name, options, field):
-    with pytest.raises(UsageError, match=field):
+    with pytest.raises(UsageError, match=field) as caught:
         methods[name].with_options(options)
+    assert caught.value.field == field
+
+
+def test_options_that_fit_their_type_are_taken():
+    # YAML reads 1e3 (no point) as text
+    assert methods["gblm"].with_options({"alpha": "1e3", "norm": "l2"}) == GBLM(1000.0, "l2")
 
 
 def test_nan_in_the_evidence_names_the_module():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -206,6 +208,27 @@ def test_modules_that_share_an_input_share_its_factor():
     before = factor_of(evidence, 0.01)
     evidence.moments().update(torch.randn(3, 96))
     assert factor_of(evidence, 0.01) is not before
+
+
+def test_a_factor_goes_with_its_moments():
+    _, evidence, _ = layer()
+    factor = weakref.ref(factor_of(evidence, 0.01))
+    assert factor() is not None
+    del evidence
+    gc.collect()
+    assert factor() is None
+
+
+def test_damping_that_had_to_grow_is_noted():
+    w, evidence, _ = layer()
+    cut = Cut.of((48, 96), Target.parse(0.5), Scope("block"))
+    for update in ("none", "obs"):
+        assert prune_matrix(SparseGPT(), w, evidence, cut, update).notes == {"damping": 0.01}
+    few = InputMoments(96, gram=True)
+    few.update(torch.randn(3, 96, generator=torch.Generator().manual_seed(1)))
+    few.gram -= 0.01 * few.gram.diagonal().mean() * torch.eye(96)  # as rounding would
+    notes = prune_matrix(SparseGPT(damping=1e-4), w, Evidence("fc", few), cut).notes
+    assert notes["damping"] > notes["damping_asked"] == 1e-4
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 import secateur
+from secateur.cli.common import read_options
 from secateur.errors import NumericsError, SecateurError, UsageError
+from secateur.evidence.statistics import Evidence, InputMoments
+from secateur.masks.selection import select_reference
+from secateur.masks.target import Cut, Target
+from secateur.methods import methods
 from secateur.models.anatomy import ModelView
 from secateur.models.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from secateur.recipe import Recipe
@@ -33,6 +38,7 @@ IDS = torch.randint(4, VOCABULARY, (4, 32), generator=torch.Generator().manual_s
         ({"scope": "block:0"}, "scope", "positive"),
         ({"update": "obc"}, "update", "none"),
         ({"quality": "great"}, "quality", "fast"),
+        ({"quality": ["best"]}, "quality", "fast"),
         (
             {"propagate": "dense", "granularity": "true_sequential"},
             "granularity",
@@ -46,6 +52,17 @@ def test_recipes(values, field, words):
         Recipe.build({"model": "tiny", **values})
     assert caught.value.field == field
     assert words in str(caught.value)
+
+
+def test_a_recipe_that_is_not_text(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"model: \xff\xfe")
+    with pytest.raises(UsageError, match="UTF-8"):
+        Recipe.load(tmp_path / "recipe.yaml")
+
+
+def test_an_option_that_is_not_yaml():
+    with pytest.raises(UsageError, match="norm"):
+        read_options(["norm=[l1"])
 
 
 @pytest.mark.parametrize(
@@ -208,6 +225,41 @@ def test_the_originals_counts_are_possible_on_request():
     )
     over = [m["delivered_count"] - m["asked_count"] for m in result.report["modules"]]
     assert all(extra >= 1 for extra in over)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_the_originals_masks_through_a_whole_run(method):
+    """Bit for bit at the sparsity that was typed, which no matrix' whole count stands for."""
+    model = tiny_model("llama")
+    kind = methods[method](compat="reference")
+    weights, moments, hooks = {}, {}, []
+    for matrix in ModelView.of(model).matrices():
+        weights[matrix.name] = matrix.tensor().clone()
+        sums = moments[matrix.name] = InputMoments(matrix.shape[1])
+        hooks.append(
+            model.get_submodule(matrix.name).register_forward_hook(
+                lambda _, inputs, output, sums=sums: sums.update(inputs[0])
+            )
+        )
+    with torch.no_grad():
+        model(IDS)
+    for hook in hooks:
+        hook.remove()
+    result = secateur.prune(
+        model,
+        method=method,
+        sparsity=0.7,
+        calibration=IDS,
+        options={"compat": "reference"},
+        propagate="dense",
+    )
+    assert set(result.masks) == set(weights)
+    for name, weight in weights.items():
+        score = kind.score(weight, Evidence(name, moments[name], None, len(IDS)))
+        plain = Cut.of(tuple(weight.shape), Target.parse(0.7), kind.scope)
+        assert torch.equal(result.masks[name], select_reference(score, plain)), name
+        if method == "wanda":
+            assert (result.masks[name].sum(1) == int(weight.shape[1] * 0.7)).all()
 
 
 def test_more_tokens_than_positions():

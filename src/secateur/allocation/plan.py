@@ -33,11 +33,12 @@ class Plan:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def cut(self, name: str, scope: Scope) -> Cut:
-        """The cut of one matrix under ``scope``."""
+        """The cut of one matrix under ``scope``; of a uniform plan it knows the sparsity asked."""
         if self.target.is_pattern:
             return Cut.of(self.shapes[name], self.target, scope, name)
         kind = Scope("layer") if scope.kind == "global" else scope
-        return Cut(self.shapes[name], self.counts[name], kind)
+        asked = self.target.sparsity if self.provenance.get("allocator") == "uniform" else None
+        return Cut(self.shapes[name], self.counts[name], kind, asked=asked)
 
     @property
     def elements(self) -> int:

@@ -83,7 +83,10 @@ def read_options(pairs: list[str] | None) -> dict[str, Any] | None:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError("an option is NAME=VALUE", field="option", value=pair)
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError("the value is not YAML", field=name, value=value) from None
     return options
 
 

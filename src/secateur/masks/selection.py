@@ -173,10 +173,11 @@ def _comparable(score: Tensor) -> Tensor:
 def nominal_sparsity(cut: Cut) -> float:
     """The sparsity that was typed, from which the original scripts compute counts per group.
 
-    It is known when the cut was made ``Cut.of`` a target and still has that target's count.
+    It is known when the cut was made from a target and still has its count, to the one weight
+    by which a uniform plan's matrices differ so that the whole is exact.
     """
     total = cut.shape[0] * cut.shape[1]
-    if cut.asked is not None and Target(cut.asked).count(total) == cut.count:
+    if cut.asked is not None and abs(Target(cut.asked).count(total) - cut.count) <= 1:
         return cut.asked
     return cut.sparsity
 

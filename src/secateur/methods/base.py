@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from secateur.errors import UsageError
@@ -50,11 +51,13 @@ class Decision:
         mask: (d_out, d_in) bool, True where the weight goes.
         weight: survivors' new values if the method computes them, else None (unchanged).
         score: the importance it ranked by, for pictures and ``secateur why``; may be None.
+        notes: figures of how it was found (damping used).
     """
 
     mask: Tensor
     weight: Tensor | None = None
     score: Tensor | None = None
+    notes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     scope: ClassVar[Scope] = Scope("row")
     update: ClassVar[Update] = "none"
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)
 
     def requirements(self) -> frozenset[Need]:
         """The evidence needed with these options (``needs`` unless options change it)."""
@@ -105,7 +109,11 @@ class Method(ABC):
 
     @classmethod
     def with_options(cls, options: dict[str, Any]) -> Method:
-        """Build from a recipe's options; an unknown one is refused with the known ones named."""
+        """Build from a recipe's options.
+
+        Raises:
+            UsageError: an unknown option, with the known ones named; or one of the wrong type.
+        """
         known = {f.name: f for f in fields(cls)}
         for key in options:
             if key not in known:
@@ -115,7 +123,17 @@ class Method(ABC):
                     value=options[key],
                     fix=f"options: {', '.join(known) or 'none'}",
                 )
-        return cls(**options)
+        try:
+            return TypeAdapter(cls).validate_python(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "options"
+            raise UsageError(
+                f"method '{cls.name}': {first['msg']}",
+                field=name,
+                value=options.get(name),
+                fix=f"see 'secateur methods' for the options of {cls.name}",
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import weakref
-
-from secateur.evidence.statistics import Evidence, InputMoments
+from secateur.evidence.statistics import Evidence
 from secateur.solvers.obs import Factor, factorise
-
-Key = tuple[int, float]
-
-
-class _Last:
-    """The one factor made last: q, k and v (gate and up) come one after another.
-
-    Holds the moments weakly, so nothing outlives the block it belongs to for long.
-    """
-
-    moments: weakref.ref[InputMoments] | None = None
-    key: Key | None = None
-    factor: Factor | None = None
-
-
-_last = _Last()
 
 
 def factor_of(evidence: Evidence, damping: float) -> Factor:
     """``solvers.obs.factorise`` of the evidence's second moments, remembered for the next call.
 
+    q, k and v (gate and up) have one input, so one factor. It is kept on the moments and goes
+    when they go; it is read and replaced as one tuple, so threads at worst do the work twice.
+
     Raises:
         NumericsError: as ``factorise``.
     """
     moments = evidence.moments()
-    key = (moments.tokens, damping)
-    known = _last.moments is not None and _last.moments() is moments and _last.key == key
-    if not known or _last.factor is None:
-        moment = moments.second_moment()
-        _last.factor = factorise(moment, damping, name=evidence.name, tokens=moments.tokens)
-        _last.moments, _last.key = weakref.ref(moments), key
-    return _last.factor
+    tokens, last = moments.tokens, moments.solved
+    if last is not None and last[:2] == (tokens, damping):
+        return last[2]
+    factor = factorise(moments.second_moment(), damping, name=evidence.name, tokens=tokens)
+    moments.solved = (tokens, damping, factor)
+    return factor
+
+
+def damping_notes(factor: Factor, asked: float) -> dict[str, float]:
+    """The damping really used and, where the moments needed more, what was asked for."""
+    used = {"damping": factor.damping}
+    return used | {"damping_asked": asked} if factor.damping > asked else used

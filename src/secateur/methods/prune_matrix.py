@@ -13,7 +13,7 @@ from secateur.errors import NumericsError
 from secateur.evidence.statistics import Evidence
 from secateur.masks.target import Cut
 from secateur.methods.base import Decision, Method, Need, Update, one_of
-from secateur.methods.factors import factor_of
+from secateur.methods.factors import damping_notes, factor_of
 from secateur.solvers.least_squares import masked_least_squares
 from secateur.solvers.obs import refuse_infinite, sweep
 from secateur.solvers.support import refine
@@ -74,7 +74,7 @@ def prune_matrix(
     dense = weight.to(torch.float32)
     gone = dense == 0 if existing_zeros is None else existing_zeros
     decision = _decide(method, dense, evidence, cut, gone if gone.any() else None)
-    notes: dict[str, float] = {}
+    notes = dict(decision.notes)
     if cut.count == 0 and not decision.mask.any():
         return Pruned(decision.mask, weight.clone(), decision.score, 0.0, notes)
     mask, values = decision.mask, dense
@@ -160,8 +160,9 @@ def _obs_weight(
     """The method's own update, or one sweep over its mask."""
     if decision.weight is not None:
         return decision.weight
-    factor = factor_of(evidence, getattr(method, "damping", 0.01))
-    notes["damping"] = factor.damping
+    asked = getattr(method, "damping", 0.01)
+    factor = factor_of(evidence, asked)
+    notes |= damping_notes(factor, asked)
     return sweep(dense, factor, mask=decision.mask, name=evidence.name).weight
 
 

@@ -10,7 +10,7 @@ from secateur.errors import UsageError
 from secateur.evidence.statistics import Evidence
 from secateur.masks.target import Cut, Scope
 from secateur.methods.base import Decision, Need, Published
-from secateur.methods.factors import factor_of
+from secateur.methods.factors import damping_notes, factor_of
 from secateur.solvers.obs import Factor, sweep
 from secateur.solvers.obs_reference import factorise_reference, sweep_reference
 
@@ -60,7 +60,8 @@ class SparseGPT(Published):
         swept = sweep(
             weight, factor, cut, block_size=self.block_size, forced=gone, name=evidence.name
         )
-        return Decision(swept.mask, swept.weight, _saliency(weight, factor))
+        notes = damping_notes(factor, self.damping)
+        return Decision(swept.mask, swept.weight, _saliency(weight, factor), notes)
 
     def _decide_reference(self, weight: Tensor, evidence: Evidence, cut: Cut) -> Decision:
         moments = evidence.moments()
@@ -70,7 +71,8 @@ class SparseGPT(Published):
         width = cut.scope.width if cut.scope.kind == "block" else self.block_size
         banded = replace(cut, scope=Scope("block", width))
         swept = sweep_reference(weight, factor, banded, block_size=width, inclusive=True)
-        return Decision(swept.mask, swept.weight, _saliency(weight, factor))
+        notes = damping_notes(factor, self.damping)
+        return Decision(swept.mask, swept.weight, _saliency(weight, factor), notes)
 
 
 def _saliency(weight: Tensor, factor: Factor) -> Tensor:
