@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -267,3 +268,35 @@ def test_missing_weights_are_not_filled_at_random(make_folder: Make, tmp_path: P
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(VerificationError, match=r"model\.norm\.weight"):
         load_pruned(tmp_path / "out")
+
+
+def test_missing_weights_of_a_plain_folder_are_not_filled_either(make_folder: Make) -> None:
+    folder, _, _ = make_folder()
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=r"model\.norm\.weight"):
+        load_pruned(folder)
+
+
+def test_where_it_cannot_be_written_is_said(
+    make_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = make_folder()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SecateurError, match="a part of that path is a file"):
+        export_bitmask(folder, tmp_path / "file" / "out")
+    export_bitmask(folder, tmp_path / "new" / "parent" / "out")
+    assert (tmp_path / "new" / "parent" / "out" / FILE_NAME).is_file()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="not an empty folder"):
+        export_bitmask(folder, ".")
+    monkeypatch.setattr("secateur.export.bitmask.copy_side_files", _disk_full)
+    with pytest.raises(SecateurError, match="free some space"):
+        export_bitmask(folder, tmp_path / "full")
+    assert not list(tmp_path.glob("*full*"))
+
+
+def _disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -159,3 +159,13 @@ def test_overflow_in_float16_is_refused(make_folder: Make, tmp_path: Path) -> No
         export_gguf(folder, tmp_path / "m.gguf", "f16")
     assert {f.name for f in tmp_path.iterdir()} == {folder.name}
     export_gguf(folder, tmp_path / "m.gguf", "bf16")
+
+
+def test_where_it_cannot_be_written_is_said(make_folder: Make, tmp_path: Path) -> None:
+    folder, _, _ = make_folder()
+    with pytest.raises(UsageError, match="name a file"):
+        export_gguf(folder, tmp_path)
+    with pytest.raises(SecateurError, match="cannot write"):
+        export_gguf(folder, folder / "config.json" / "m.gguf")
+    assert export_gguf(folder, tmp_path / "new" / "m.gguf")["verified"]
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["m.gguf"]

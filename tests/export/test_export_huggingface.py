@@ -57,6 +57,26 @@ def test_revived_weights_are_noticed(make_folder: Make) -> None:
         verify_folder(folder)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
+)
+def test_tolerance_follows_the_type(
+    make_folder: Make, dtype: torch.dtype, tolerance: float
+) -> None:
+    folder, model, _ = make_folder()
+    logits = reference_logits(model.to(dtype), IDS)
+    gap = torch.zeros_like(logits)
+    gap[0, 0, 0] = logits.abs().max()  # of a share of which the difference is made
+    for share in (0.5, 2.0):
+        expected = logits + share * tolerance * gap * logits[0, 0, 0].sign()
+        if share < 1:
+            record = verify_folder(folder, IDS, expected, dtype=dtype, device="cpu")
+            assert record["relative"] == pytest.approx(share * tolerance, rel=0.1)
+        else:
+            with pytest.raises(VerificationError, match="differs"):
+                verify_folder(folder, IDS, expected, dtype=dtype)
+
+
 def test_nan_is_a_difference(make_folder: Make) -> None:
     folder, model, _ = make_folder()
     with pytest.raises(VerificationError):

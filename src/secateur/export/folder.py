@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError, UsageError
+from secateur.files import told_plainly
 from secateur.masks.store import FILE_NAME as MASK_FILE
 from secateur.masks.store import MaskStore, check_mask, load_masks
 from secateur.tensorfile import TensorFiles
@@ -137,23 +138,24 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 @contextmanager
 def new_folder(out: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes ``out`` when the block ends well, and vanishes otherwise."""
-    out = Path(out)
+    given, out = out, Path(out).absolute()  # "." has no name to put a temporary folder beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
             "exists already and is not an empty folder",
             field="out",
-            value=str(out),
+            value=str(given),
             fix="choose another folder, or remove this one",
         )
     temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with told_plainly(out):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            if out.exists():
+                out.rmdir()
+            os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 Source = tuple[str, int | None] | dict[int, str]

@@ -10,7 +10,6 @@ vectors (norms, biases) are always F32.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +22,7 @@ from torch import Tensor
 from secateur.errors import MissingExtra, SecateurError, UsageError, VerificationError
 from secateur.export.folder import ModelFolder
 from secateur.export.gguf_vocabulary import add_vocabulary
+from secateur.files import replacing
 from secateur.progress import SILENT, Progress
 
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -47,8 +47,10 @@ def export_gguf(
         ``file``, ``bytes``, ``tensors``, ``architecture``, ``notes`` and ``verified``.
 
     Raises:
-        UsageError: an architecture, a RoPE scaling or a type that is not supported.
-        SecateurError: a tensor GGUF has no place for, or a weight too large for float16.
+        UsageError: an architecture, a RoPE scaling or a type that is not supported; ``out`` is
+            a folder.
+        SecateurError: a tensor GGUF has no place for, a weight too large for float16, or the
+            file cannot be written.
         VerificationError: the file read back differs.
     """
     gguf = _package()
@@ -62,32 +64,31 @@ def export_gguf(
     arch = _architecture(config)
     names = _tensor_names(gguf, source, arch)
     out = Path(out)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-    writer = gguf.GGUFWriter(temporary, arch)
-    try:
-        _add_config(gguf, writer, config, source, dtype)
-        notes = add_vocabulary(gguf, writer, source.path, int(config["vocab_size"]))
-        factors = rope_factors(config)
-        for name, target in names.items():
-            spec = source.tensors.spec(name)
-            _announce(gguf, writer, target, spec.shape, dtype)
-        if factors is not None:
-            _announce(gguf, writer, "rope_freqs.weight", tuple(factors.shape), "f32")
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        with progress.stage("writing GGUF", len(names), "tensors") as advance:
+    if out.is_dir():
+        raise UsageError("a folder is in the way", field="out", value=str(out), fix="name a file")
+    factors = rope_factors(config)
+    with replacing(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, arch)
+        try:
+            _add_config(gguf, writer, config, source, dtype)
+            notes = add_vocabulary(gguf, writer, source.path, int(config["vocab_size"]))
             for name, target in names.items():
-                writer.write_tensor_data(_encode(converted(source, name, arch), target, dtype))
-                advance(1)
-        if factors is not None:
-            writer.write_tensor_data(factors.numpy())
-        writer.close()
+                spec = source.tensors.spec(name)
+                _announce(gguf, writer, target, spec.shape, dtype)
+            if factors is not None:
+                _announce(gguf, writer, "rope_freqs.weight", tuple(factors.shape), "f32")
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            with progress.stage("writing GGUF", len(names), "tensors") as advance:
+                for name, target in names.items():
+                    writer.write_tensor_data(_encode(converted(source, name, arch), target, dtype))
+                    advance(1)
+            if factors is not None:
+                writer.write_tensor_data(factors.numpy())
+        finally:
+            writer.close()
         _verify(gguf, temporary, source, names, arch, dtype, progress)
-        os.replace(temporary, out)
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
     return {
         "file": str(out),
         "bytes": out.stat().st_size,

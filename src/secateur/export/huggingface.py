@@ -15,7 +15,6 @@ from secateur.export.bitmask import load_kept
 from secateur.export.folder import ModelFolder
 from secateur.export.loading import load_pruned
 
-
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative differences of logits that rounding explains."""
 
@@ -78,7 +77,7 @@ def verify_folder(
         return record
     model = load_pruned(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
     if tolerance is None:
-        tolerance = TOLERANCES[next(model.parameters()).dtype]
+        tolerance = TOLERANCES.get(next(model.parameters()).dtype, TOLERANCES[torch.float32])
     found = reference_logits(model, input_ids)
     record |= compare_logits(found, logits)
     if not record["relative"] <= tolerance:  # also when it is NaN

@@ -29,7 +29,7 @@ def load_pruned(
 
     Raises:
         UsageError: no such folder, or nothing in it that can be loaded.
-        VerificationError: weights are missing from the container.
+        VerificationError: weights of the model are missing.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -42,9 +42,16 @@ def load_pruned(
     if not (path / "config.json").is_file():
         raise UsageError("not a model folder: it has no config.json", field="path", value=str(path))
     if not (path / FILE_NAME).is_file():
-        return auto.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, **kwargs
+        model, info = auto.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **kwargs,
         )
+        _refuse_gaps(path, info)
+        return model
     config = AutoConfig.from_pretrained(
         path, trust_remote_code=trust_remote_code, local_files_only=True
     )
@@ -52,7 +59,7 @@ def load_pruned(
     if dtype == "auto":
         dtype = _stored_type(weights)
     with torch.device("meta"):
-        kind: Any = type(auto.from_config(config))
+        kind: Any = type(auto.from_config(config, trust_remote_code=trust_remote_code))
     model, info = kind.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, **kwargs
     )
