@@ -1,6 +1,6 @@
 """Prune the packaged SmolLM2-135M-Instruct and open the way to its report.
 
-The same as: secateur prune demo --quality good --sparsity 0.5 --samples 32 --out demo
+The same as: secateur prune demo --quality good --sparsity 0.5 --samples 24 --out demo
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import typer
 from secateur.cli import common
 
 NAME = "demo"
-
-QUESTION = "What is pruning, for a gardener? Answer in one sentence."
 
 
 def command(
@@ -30,16 +28,16 @@ def command(
             "model": "demo",
             "quality": "good",
             "sparsity": 0.5,
-            "calibration": {"samples": 32, "length": 512},
-            "evaluation": {"windows": 12, "length": 512},
+            "calibration": {"samples": 24, "length": 512},
+            "evaluation": {"windows": 8, "length": 512},
         }
     )
     result = execute(
         recipe,
         out=out,
         progress=common.progress(as_json),
-        command="secateur prune demo --quality good --sparsity 0.5 --samples 32 --length 512 "
-        f"--eval-windows 12 --out {out}",
+        command="secateur prune demo --quality good --sparsity 0.5 --samples 24 --length 512 "
+        f"--eval-windows 8 --out {out}",
     )
     show(result.report, as_json)
     if not as_json:
