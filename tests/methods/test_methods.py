@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from secateur.evidence.statistics import Evidence, GradientMoments, InputMoments
 from secateur.masks.selection import select_reference
 from secateur.masks.target import Cut, Scope, Target
 from secateur.methods import methods
+from secateur.methods.base import Method, Need
 from secateur.methods.gblm import GBLM, Gradient
 from secateur.methods.magnitude import Magnitude, Random
 from secateur.methods.ria import RIA
@@ -293,3 +295,43 @@ def test_all_zero_rows_and_columns_have_finite_scores():
     w[:, 7] = 0
     for name in methods:
         assert torch.isfinite(methods[name]().score(w, evidence)).all(), name
+
+
+@dataclass(frozen=True)
+class Undeclared(Method):
+    """Reads evidence that it did not ask for."""
+
+    name = "undeclared"
+    summary = "|W| times what is not there"
+    needs = frozenset({Need.INPUTS, Need.GRAD_L1})
+
+    read: str = "gram"
+
+    def score(self, weight: Tensor, evidence: Evidence) -> Tensor:
+        if self.read == "gram":
+            return weight.abs() * evidence.moments().second_moment().diagonal()
+        return weight.abs() * evidence.gradient(self.read)
+
+
+@dataclass(frozen=True)
+class Forgetful(Method):
+    """Ranks afresh each time, so what has gone already does not go first."""
+
+    name = "forgetful"
+    summary = "the largest weights go"
+
+    def score(self, weight: Tensor, evidence: Evidence) -> Tensor:
+        return -weight.abs()
+
+    def decide(self, weight, evidence, cut, gone=None):
+        return super().decide(weight, evidence, cut)
+
+
+def test_the_contract_kit_finds_breaches():
+    check_method(Undeclared("l1"))
+    with pytest.raises(ValueError, match="only the diagonal"):
+        check_method(Undeclared("gram"))
+    with pytest.raises(KeyError, match="l2"):
+        check_method(Undeclared("l2"))
+    with pytest.raises(AssertionError, match="pruned again"):
+        check_method(Forgetful())
