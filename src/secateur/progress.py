@@ -66,7 +66,7 @@ class RichProgress(Progress):
 
     def note(self, message: str) -> None:
         """See ``Progress.note``."""
-        self.console.print(message, highlight=False)
+        self.console.print(message, highlight=False, markup=False)
 
 
 SILENT = Progress()

@@ -1,6 +1,7 @@
 """The command line in process: words, exit codes, JSON."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -132,6 +133,16 @@ def test_verify_and_report(run_folder, capsys):
     assert json.loads(out)["verified"]
     assert main(["report", str(folder)]) == 0
     assert main(["verify", str(folder.parent)]) == 2
+
+
+def test_brackets_in_a_path_are_no_markup(run_folder, capsys, tmp_path):
+    odd = tmp_path / "roses[red]pruned[/]"
+    shutil.copytree(run_folder[0], odd)
+    code, out = output(capsys, ["report", str(odd)])
+    assert code == 0
+    assert str(odd) in out.replace("\n", "")
+    assert main(["plan", "tiny", "--sparsity", "0.5", "--save", str(odd / "plan.json")]) == 0
+    assert f"written to {odd / 'plan.json'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["bitmask", "gguf"])

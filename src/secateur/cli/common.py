@@ -66,10 +66,17 @@ def emit(record: dict[str, Any]) -> None:
 
 
 def say(text: str = "") -> None:
-    """A line of the result, on standard output."""
+    """A line of the result, on standard output; ``[bold]`` and the like are rich's markup."""
     from rich.console import Console
 
     Console(highlight=False, soft_wrap=True).print(text)
+
+
+def plain(value: object) -> str:
+    """A path, name or note as it is: brackets in it are no markup."""
+    from rich.markup import escape
+
+    return escape(str(value))
 
 
 def read_options(pairs: list[str] | None) -> dict[str, Any] | None:

@@ -77,4 +77,4 @@ def command(
         table.add_row(method, *cells)
     Console().print(table)
     common.say(f"dense {record['dense']:.2f}; protocol {record['protocol']['digest']}")
-    common.say(f"report {out}/report.html")
+    common.say(f"report {common.plain(out)}/report.html")

@@ -42,4 +42,4 @@ def command(
     show(result.report, as_json)
     if not as_json:
         common.say()
-        common.say(f"[bold]Open {out.resolve() / 'report.html'}[/bold] in a browser.")
+        common.say(f"[bold]Open {common.plain(out.resolve() / 'report.html')}[/bold] in a browser.")

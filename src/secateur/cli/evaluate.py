@@ -57,7 +57,7 @@ def command(
         return
     if "accuracy" in record:
         common.say(
-            f"{record['task']}: {record['accuracy']:.1%} of {record['questions']} "
+            f"{common.plain(record['task'])}: {record['accuracy']:.1%} of {record['questions']} "
             f"(+- {record['stderr']:.1%})"
         )
         return
@@ -69,6 +69,6 @@ def command(
             f"same top token {record['top1_agreement']:.1%}"
         )
     if record.get("speed"):
-        common.say(f"speed      {record['speed']['verdict']}")
+        common.say(f"speed      {common.plain(record['speed']['verdict'])}")
     protocol = record["protocol"]
-    common.say("protocol   " + ", ".join(f"{k}={v}" for k, v in protocol.items()))
+    common.say("protocol   " + common.plain(", ".join(f"{k}={v}" for k, v in protocol.items())))

@@ -35,4 +35,4 @@ def command(
         common.emit(record)
         return
     for line in record["lines"]:
-        common.say(line)
+        common.say(common.plain(line))

@@ -74,7 +74,7 @@ def command(
         return
     _table(record)
     if save is not None:
-        common.say(f"plan written to {save}")
+        common.say(f"plan written to {common.plain(save)}")
 
 
 def _table(record: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def _table(record: dict[str, Any]) -> None:
         f"({plan['removed'] / plan['elements']:.4%}); {record['left_alone']:,} parameters are left alone"
     )
     for name, why in list(record["excluded"].items())[:5]:
-        common.say(f"  not pruned: {name} ({why})")
+        common.say(f"  not pruned: {common.plain(name)} ({common.plain(why)})")
     cost = record["cost"]
     common.say(
         f"about {cost['seconds'] / 60:.1f} min here ({cost['forwards']} forwards of "
@@ -112,6 +112,6 @@ def _table(record: dict[str, Any]) -> None:
     common.say(
         f"on disk {size['dense'] / 1e6:.0f} MB now; {size['bitmask'] / 1e6:.0f} MB as bitmask export"
     )
-    common.say(f"speed: {record['speed']}")
+    common.say(f"speed: {common.plain(record['speed'])}")
     for note in record["notes"]:
-        common.say(f"[yellow]note[/yellow] {note}")
+        common.say(f"[yellow]note[/yellow] {common.plain(note)}")

@@ -125,8 +125,9 @@ def show(report: dict[str, Any], as_json: bool) -> None:
     totals, quality, size = report["totals"], report.get("quality"), report.get("size")
     common.say()
     common.say(
-        f"[bold]{report['model']['name']}[/bold]: {totals['zeros']:,} of {totals['elements']:,} "
-        f"weights removed ({totals['delivered']:.2%}; asked {totals['asked']:.2%}), verified"
+        f"[bold]{common.plain(report['model']['name'])}[/bold]: "
+        f"{totals['zeros']:,} of {totals['elements']:,} weights removed "
+        f"({totals['delivered']:.2%}; asked {totals['asked']:.2%}), verified"
     )
     if quality:
         dense, pruned = quality["dense"]["perplexity"], quality["pruned"]["perplexity"]
@@ -142,8 +143,8 @@ def show(report: dict[str, Any], as_json: bool) -> None:
             f"{disk['bitmask'] / 1e6:.0f} MB as bitmask ('secateur export')"
         )
     if report.get("speed"):
-        common.say(f"speed       {report['speed']['verdict']}")
+        common.say(f"speed       {common.plain(report['speed']['verdict'])}")
     for note in report.get("notes", []):
-        common.say(f"[yellow]note[/yellow]        {note}")
+        common.say(f"[yellow]note[/yellow]        {common.plain(note)}")
     if report.get("folder"):
-        common.say(f"report      {report['folder']}/report.html")
+        common.say(f"report      {common.plain(report['folder'])}/report.html")

@@ -28,4 +28,4 @@ def command(
         common.emit({name: str(path) for name, path in paths.items()})
         return
     for path in paths.values():
-        common.say(str(path))
+        common.say(common.plain(path))

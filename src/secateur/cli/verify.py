@@ -29,4 +29,4 @@ def command(
         common.emit(record)
         return
     for line in record["checks"]:
-        common.say(f"[green]ok[/green]  {line}")
+        common.say(f"[green]ok[/green]  {common.plain(line)}")

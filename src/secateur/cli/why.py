@@ -32,7 +32,9 @@ def command(
         return
     if "matches" in record:
         for row in record["matches"]:
-            common.say(f"{row['name']:<48} {row['sparsity']:.4f}  error {_error(row['error'])}")
+            common.say(
+                f"{common.plain(row['name']):<48} {row['sparsity']:.4f}  error {_error(row['error'])}"
+            )
         return
     _explain(record)
 
@@ -44,7 +46,9 @@ def _error(value: float | None) -> str:
 def _explain(record: dict[str, Any]) -> None:
     m = record["module"]
     rows, columns = m["shape"]
-    common.say(f"[bold]{m['name']}[/bold]  {rows} x {columns}, block {m['block']}, {m['role']}")
+    common.say(
+        f"[bold]{common.plain(m['name'])}[/bold]  {rows} x {columns}, block {m['block']}, {m['role']}"
+    )
     common.say(
         f"removed {m['delivered_count']:,} of {rows * columns:,} "
         f"({m['delivered_count'] / (rows * columns):.4%}), ranked by {record['method']} "
@@ -72,4 +76,4 @@ def _explain(record: dict[str, Any]) -> None:
                 bars = f"[red]{'x' * round(50 * g / top)}[/red][green]{'#' * round(50 * k / top)}[/green]"
                 common.say(f"{edges[i]:>8.2f}  {bars}")
     for note in m.get("notes", []):
-        common.say(f"[yellow]note[/yellow] {note}")
+        common.say(f"[yellow]note[/yellow] {common.plain(note)}")
