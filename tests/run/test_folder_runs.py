@@ -292,3 +292,22 @@ def test_fresh_does_not_take_a_folder_that_merely_looks_like_one(tiny_folder, tm
     with pytest.raises(UsageError):
         secateur.prune(str(tiny_folder("llama")), calibration=IDS, out=tmp_path, fresh=True)
     assert (tmp_path / "secateur" / "code.py").read_text() == "precious"
+
+
+def test_a_bfloat16_checkpoint_stays_one(tmp_path):
+    """Worked on in float32 on a CPU, written as it came, and measured as written."""
+    from secateur.models.shards import SafetensorsFolder
+
+    ids = torch.randint(4, 2048, (4, 32), generator=torch.Generator().manual_seed(3))
+    result = secateur.prune(
+        "tiny", calibration=ids, method="sparsegpt", out=tmp_path / "run", device="cpu"
+    )
+    on_disk = SafetensorsFolder(tmp_path / "run")
+    assert {on_disk.dtype(name) for name in on_disk.names()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = secateur.load_pruned(tmp_path / "run", dtype=torch.float32)
+    for (name, a), b in zip(result.model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b[1]), name
+    size = result.report["size"]["disk"]
+    assert size["pruned"] == pytest.approx(size["dense"], rel=0.02)
+    assert size["bitmask"] < size["dense"]

@@ -47,6 +47,9 @@ class Loaded:
     fingerprint: str
     notes: list[str] = field(default_factory=list)
     streamed: StreamedModel | None = None
+    stored: torch.dtype | None = None
+    """What to write weights as when that is narrower than what is computed in (a bfloat16
+    checkpoint is worked on in float32 on a CPU, and stays a bfloat16 checkpoint)."""
 
     @property
     def vocabulary(self) -> int:
@@ -134,7 +137,17 @@ def load(
     if words is not None:
         check_tokenizer(words, model.get_input_embeddings().weight.shape[0])
     mark = fingerprint(source.folder)
-    return Loaded(model, words, source.folder, source.name, mark, notes, streamed)
+    stored = _narrower(tensors, kind) if dtype == "auto" else None
+    return Loaded(model, words, source.folder, source.name, mark, notes, streamed, stored)
+
+
+def _narrower(tensors: SafetensorsFolder, computed: torch.dtype) -> torch.dtype | None:
+    """The checkpoint's one floating type if it is a 16-bit one and wider is computed in."""
+    kinds = {tensors.dtype(name) for name in tensors.names()} - {torch.int64, torch.bool}
+    if computed != torch.float32 or len(kinds) != 1 or not kinds <= set(DTYPES.values()):
+        return None
+    kind = kinds.pop()
+    return None if kind == computed else kind
 
 
 def _require_transformers() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.files import told_plainly
@@ -73,16 +74,27 @@ def save_weights(model: nn.Module, folder: Path | str) -> None:
     write_shard(Path(folder) / WEIGHTS, checkpoint_names(model, state))
 
 
-def save_config_and_tokenizer(model: nn.Module, tokenizer: Any, folder: Path | str) -> None:
+def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """``state`` with its floating tensors as ``dtype`` (None: as they are)."""
+    return {
+        name: tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+        for name, tensor in state.items()
+    }
+
+
+def save_config_and_tokenizer(
+    model: nn.Module, tokenizer: Any, folder: Path | str, dtype: torch.dtype | None = None
+) -> None:
     """``config.json``, ``generation_config.json`` and the tokenizer's files (if there is one).
 
+    ``dtype`` is what the weights were written as; by default what the model holds.
     A model that came with its own Python code takes the code along. Each file appears whole.
     """
     folder = Path(folder)
     source: Any = model
     config = deepcopy(source.config)
     config.architectures = [type(model).__name__]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if dtype is not None:
         config.dtype = str(dtype).removeprefix("torch.")
     with told_plainly(folder):

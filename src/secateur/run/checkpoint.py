@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.masks.store import load_masks, save_masks
 from secateur.models.anatomy import Block
 from secateur.models.names import CheckpointMap
-from secateur.models.saving import block_state
+from secateur.models.saving import block_state, cast
 from secateur.models.shards import Shard, write_shard
 from secateur.run.engine import BlockResult, Engine
 from secateur.run.folder import RunFolder
@@ -101,7 +101,7 @@ class Checkpoint:
             self.engine.reference = hidden[batches:]
 
     def _write(self, block: Block, result: BlockResult, folder: RunFolder) -> None:
-        state = block_state(self.engine.view, block)
+        state = cast(block_state(self.engine.view, block), self.engine.stored)
         write_shard(folder.shard(block.index), state)
         transposed = [m.name for m in block.matrices if m.transposed]
         words = {"transposed": transposed} if transposed else {}

@@ -61,6 +61,8 @@ class Engine:
         reference: the dense model's hidden states per batch, moved along beside the replay's;
             then matrices are fitted to the dense model's outputs (see ``solvers.retarget``).
         sequences: calibration sequences over all ranks.
+        stored: narrower type the weights are written in; survivors are rounded to it at once,
+            so that what is measured in memory is what lies on disk.
     """
 
     view: ModelView
@@ -76,6 +78,7 @@ class Engine:
     ranks: Ranks = field(default_factory=Ranks)
     reference: list[Tensor] | None = None
     sequences: int = 0
+    stored: torch.dtype | None = None
 
     @property
     def needs_gram(self) -> bool:
@@ -166,7 +169,8 @@ class Engine:
             if pruned is not None:
                 mask, weight = pruned.mask.cpu().view(torch.uint8), pruned.weight
             mask = self.ranks.spread_tensor(source, mask)
-            matrix.write(self.ranks.spread_tensor(source, weight))
+            weight = self.ranks.spread_tensor(source, weight)
+            matrix.write(weight if self.stored is None else weight.to(self.stored))
             result.masks = {**result.masks, matrix.name: mask.view(torch.bool)}
 
     def _solve(

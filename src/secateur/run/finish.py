@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.allocation.plan import Plan
 from secateur.errors import VerificationError
 from secateur.masks.store import merge_masks
-from secateur.models.saving import outside_state, save_config_and_tokenizer
+from secateur.models.saving import cast, outside_state, save_config_and_tokenizer
 from secateur.models.shards import write_index, write_shard
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
@@ -21,7 +21,7 @@ MASKS = "masks.safetensors"
 
 def finish_checkpoint(session: Session, folder: RunFolder) -> None:
     """Make the folder an ordinary checkpoint; the index, which makes it one, comes last."""
-    outside = outside_state(session.view)
+    outside = cast(outside_state(session.view), session.loaded.stored)
     write_shard(folder.path / OUTSIDE, outside)
     weight_map = dict.fromkeys(outside, OUTSIDE)
     size = sum(t.numel() * t.element_size() for t in outside.values())
@@ -38,7 +38,9 @@ def finish_checkpoint(session: Session, folder: RunFolder) -> None:
         "scope": str(session.scope),
     }
     merge_masks(shards, folder.path / MASKS, metadata)
-    save_config_and_tokenizer(session.loaded.model, session.loaded.tokenizer, folder.path)
+    save_config_and_tokenizer(
+        session.loaded.model, session.loaded.tokenizer, folder.path, session.loaded.stored
+    )
     write_index(folder.path, weight_map, size)
 
 

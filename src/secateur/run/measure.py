@@ -68,20 +68,27 @@ def measure_size(
     pruned = memory if folder is None else weight_bytes(folder.path)
     source = session.loaded.folder
     dense = memory if source is None else weight_bytes(source)
-    if pruned > 1.01 * dense:
-        kind = str(next(model.parameters()).dtype).removeprefix("torch.")
-        session.notes.append(
-            f"the weights were written as {kind}, wider than the checkpoint they came from "
-            "(--dtype, or 'secateur export --dtype bfloat16', writes them smaller)"
-        )
     return {
         "disk": {
             "dense": dense,
             "pruned": pruned,
-            **predicted_bytes(model, masks, session.recipe.target),
+            **_as_stored(predicted_bytes(model, masks, session.recipe.target), session),
         },
         "memory": {"dense": memory, "pruned": memory},
         "note": "an unstructured mask saves no memory in a dense tensor; the bitmask container does",
+    }
+
+
+def _as_stored(predicted: dict[str, int | None], session: Session) -> dict[str, int | None]:
+    """Sparse sizes foretold in the type computed in, brought to the type written."""
+    stored = session.loaded.stored
+    if stored is None:
+        return predicted
+    shrink = stored.itemsize / next(session.loaded.model.parameters()).element_size()
+    bits = sum(rows * columns for rows, columns in session.shapes.values()) // 8
+    return {
+        kind: None if size is None else round((size - bits) * shrink + bits)
+        for kind, size in predicted.items()
     }
 
 

@@ -176,6 +176,7 @@ def prune_blocks(
         true_sequential=session.recipe.granularity == "true_sequential",
         store=dense_store(session, evidence),
         ranks=session.ranks,
+        stored=session.loaded.stored if folder is not None else None,
         sequences=0 if session.calibration is None else len(session.calibration),
         reference=list(replay.hidden)
         if replay is not None and session.recipe.reconstruct == "dense"

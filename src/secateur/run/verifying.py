@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.errors import VerificationError
 from secateur.export.huggingface import reference_logits, verify_folder
 from secateur.masks.store import load_masks
+from secateur.models.loading import DTYPES
 from secateur.models.state import quiet
 from secateur.progress import SILENT, Progress
 from secateur.run.folder import RunFolder
@@ -56,6 +58,16 @@ def _probe_ids(session: Session) -> Tensor:
     return (torch.arange(PROBE_TOKENS) * 7 % vocabulary)[None]
 
 
+def _read_probe(path: Path) -> tuple[dict[str, Tensor], torch.dtype]:
+    """The recorded tokens and logits, and the type they were computed in."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            kind = file.metadata()["dtype"]
+        return load_file(path), DTYPES[kind]
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise VerificationError(f"the recorded logits in '{path}' are damaged: {error}") from None
+
+
 def verify_run(
     folder: Path, *, load_model: bool = True, progress: Progress = SILENT
 ) -> dict[str, Any]:
@@ -95,9 +107,9 @@ def verify_run(
         advance(1)
         probe = folder / "secateur" / PROBE
         if load_model and probe.exists():
-            saved = load_file(probe)
+            saved, kind = _read_probe(probe)
             with quiet():
-                found = verify_folder(folder, saved["ids"], saved["logits"])
+                found = verify_folder(folder, saved["ids"], saved["logits"], dtype=kind)
             checks.append(
                 "opens with AutoModelForCausalLM.from_pretrained and gives the recorded logits "
                 f"(largest difference {found['max_difference']:.2g})"
