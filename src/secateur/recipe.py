@@ -201,12 +201,7 @@ _PARTS: dict[str, type[_Part]] = {"calibration": Calibration, "evaluation": Eval
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "update": "none"},
     "good": {"method": "sparsegpt", "update": "exact"},
-    "best": {
-        "method": "sparsegpt",
-        "update": "best",
-        "reconstruct": "dense",
-        "granularity": "true_sequential",
-    },
+    "best": {"method": "sparsegpt", "update": "best"},
 }
 
 
