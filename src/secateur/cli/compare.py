@@ -41,6 +41,7 @@ def command(
     dtype: common.Dtype = None,
     as_json: common.Json = False,
 ) -> None:
+    """What the command does; its help is the module's docstring."""
     from secateur.recipe import Recipe
     from secateur.run.compare import compare
 

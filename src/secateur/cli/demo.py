@@ -19,6 +19,7 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("demo"),
     as_json: common.Json = False,
 ) -> None:
+    """What the command does; its help is the module's docstring."""
     from secateur.cli.prune import show
     from secateur.recipe import Recipe
     from secateur.run.runner import execute

@@ -37,6 +37,7 @@ def command(
     dtype: common.Dtype = None,
     as_json: common.Json = False,
 ) -> None:
+    """What the command does; its help is the module's docstring."""
     from secateur.run.evaluate import evaluate_model
 
     record = evaluate_model(

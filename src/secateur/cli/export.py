@@ -28,6 +28,7 @@ def command(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32")] = None,
     as_json: common.Json = False,
 ) -> None:
+    """What the command does; its help is the module's docstring."""
     from secateur.run.exporting import export
 
     record = export(folder, format, out, dtype=dtype, progress=common.progress(as_json))

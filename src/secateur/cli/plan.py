@@ -41,6 +41,7 @@ def command(
     save: Annotated[Path | None, typer.Option(help="write the plan as JSON")] = None,
     as_json: common.Json = False,
 ) -> None:
+    """What the command does; its help is the module's docstring."""
     from secateur.recipe import Recipe
     from secateur.run.forecast import forecast
 

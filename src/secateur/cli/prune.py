@@ -66,6 +66,7 @@ def command(
     ] = False,
     as_json: common.Json = False,
 ) -> None:
+    """What the command does; its help is the module's docstring."""
     from secateur.recipe import Recipe
     from secateur.run.runner import execute
 

@@ -20,6 +20,7 @@ NAME = "report"
 def command(
     folder: Annotated[Path, typer.Argument(help="a run's folder")], as_json: common.Json = False
 ) -> None:
+    """What the command does; its help is the module's docstring."""
     from secateur.report import write_report
     from secateur.run.results import read_result
 

@@ -22,6 +22,7 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="do not load the model")] = False,
     as_json: common.Json = False,
 ) -> None:
+    """What the command does; its help is the module's docstring."""
     from secateur.run.verifying import verify_run
 
     record = verify_run(folder, load_model=not quick, progress=common.progress(as_json))

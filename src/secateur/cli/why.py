@@ -24,6 +24,7 @@ def command(
     run: Annotated[Path, typer.Option("--run", "-r", help="a run's folder")],
     as_json: common.Json = False,
 ) -> None:
+    """What the command does; its help is the module's docstring."""
     from secateur.run.results import explain
 
     record = explain(run, module)
