@@ -357,3 +357,32 @@ def test_trees_on_a_dask_cluster() -> None:
         spread = changed(alone).fit(X[300:], Y[300:])
     assert spread.objective_ == alone.objective_
     assert pd.Series(spread.cost_).notna().all()
+
+
+def test_a_fitted_forest_with_other_columns_is_refused() -> None:
+    frame, y = load_iris(return_X_y=True, as_frame=True)
+    forest = RandomForestClassifier(4, random_state=0).fit(frame, y)
+    turned = frame[list(frame.columns[::-1])]
+    with pytest.raises(ForestInputError, match="another order"):
+        BudgetPruner(forest, lam=0.0, prefit=True).fit(turned, y)
+    BudgetPruner(forest, lam=0.0, prefit=True).fit(turned[forest.feature_names_in_], y)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_scale_of_the_target_does_not_matter(scale) -> None:
+    x, y = load_diabetes(return_X_y=True)
+
+    def kept(target) -> int:
+        forest = RandomForestRegressor(4, max_depth=5, random_state=0)
+        pruner = BudgetPruner(forest, lam=0.0, random_state=0).fit(x, target)
+        return sum(tree.tree_.node_count for tree in pruner.estimator_.estimators_)
+
+    assert abs(kept(y * scale) - kept(y)) <= 2
+
+
+def test_a_hull_point_that_costs_the_budget_is_within_it() -> None:
+    path = BudgetPruner(FOREST, lam=0.0, random_state=0).fit(X, Y).prune_path()
+    points = path.points
+    for point in points[:: max(1, len(points) // 6)]:
+        pruner = BudgetPruner(FOREST, budget=point.cost, random_state=0).fit(X, Y)
+        assert pruner.cost_ == pytest.approx(point.cost, rel=1e-8)

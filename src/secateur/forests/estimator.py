@@ -154,6 +154,13 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
                     f"{self.n_features_in_}",
                     field="X",
                 )
+            ours, theirs = (getattr(o, "feature_names_in_", None) for o in (self, forest))
+            if ours is not None and theirs is not None and list(ours) != list(theirs):
+                raise ForestInputError(
+                    "the forest was fitted on other columns, or in another order",
+                    field="X",
+                    fix="X[forest.feature_names_in_]",
+                )
             if validation is None and wants_validation:
                 train, validation = None, given
         else:

@@ -240,12 +240,13 @@ def bracket(
         within the budget; the next one, if any, is its neighbour above. Index -1: even the
         cheapest pruning costs more.
     """
+    limit = budget * (1 + 1e-9)  # sums of costs drift by rounding
     envelope = Envelope(problem, solver, progress)
     gap = envelope.first
     spent = envelope.base_cost
     aside: list[_Gap] = []
     with progress.stage("budget", unit="cuts") as advance:
-        while gap is not None and spent + gap.cost > budget:
+        while gap is not None and spent + gap.cost > limit:
             opened = envelope.open(gap)
             advance(1)
             if opened is None:
@@ -253,7 +254,7 @@ def bracket(
                 break
             dear, cheap = opened
             middle = spent + (cheap.cost if cheap else 0.0)
-            if middle <= budget:
+            if middle <= limit:
                 if cheap:
                     aside.append(cheap)
                 spent, gap = middle, dear
@@ -267,7 +268,7 @@ def bracket(
     for other in aside:
         envelope.close(other)
     path = envelope.path(complete=False)
-    within = np.flatnonzero(path.cost <= budget * (1 + 1e-12))
+    within = np.flatnonzero(path.cost <= limit)
     return path, int(within[-1]) if len(within) else -1
 
 

@@ -177,7 +177,8 @@ def _internal_nodes(
         above = tree.parent[inside]
         parents.append(np.where(above >= 0, number[above], -1))
         gain = loss[inside] - loss[tree.left[inside]] - loss[tree.right[inside]]
-        gain[np.abs(gain) <= 1e-12 * max(1.0, abs(loss[0]))] = 0.0
+        # Rounding noise, relative to the losses themselves: the targets' scale does not matter.
+        gain[np.abs(gain) <= 1e-12 * np.abs(loss).max(initial=0.0)] = 0.0
         gains.append(gain)
         trees.append(np.full(len(inside), t))
         internals.append(inside + forest.offset[t])

@@ -235,7 +235,7 @@ class BudgetPruner(BudgetedForest):
         group = group_of_splits(self._flat, self.costs_)[programme.nodes]
         for smaller in greedy_chain(programme.reduced, group, kept):
             error, cost = programme.measure(programme.lift(smaller))
-            if cost > budget:
+            if cost > budget * (1 + 1e-9):
                 continue
             if error < self.error_:
                 # At this lambda the two neighbours tie, and nothing is below their line.
