@@ -94,6 +94,26 @@ class TestTampering:
 
         self.check(altered(path, change), "bound")
 
+    @pytest.mark.parametrize(
+        ("field", "value", "check"),
+        [
+            ("per_output", [0.0, 0.0, 0.0], "bound"),
+            ("per_output", [], "bound"),
+            ("per_output", 0.0, "damaged"),
+            ("weight_error", [0.0, 0.0], "weight error"),
+            ("float32_bound", 0.0, "float32 run"),
+            ("float32_bound", None, "float32 run"),
+        ],
+    )
+    def test_another_claim(self, path, field, value, check):
+        def change(header, tensors):
+            header["certificate"] |= {field: value, "float32_measured": 0.0}
+
+        self.check(altered(path, change), check)
+
+    def test_no_witness(self, path):
+        self.check(altered(path, lambda h, t: t.pop("witness")), "witness")
+
     def test_a_smaller_eps(self, path):
         self.check(altered(path, lambda h, t: h.update(eps=1e-9)), "epsilon")
 

@@ -64,6 +64,9 @@ class Certificate:
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in record.items()
         }
+        for name in ("per_output", "weight_error"):
+            if not isinstance(values[name], tuple):
+                raise TypeError(f"{name} is no list")
         return cls(**values, witness=witness)
 
 

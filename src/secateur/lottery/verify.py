@@ -1,11 +1,15 @@
 """Re-checking a ticket's file: everything is recomputed from the seed and the bits.
 
-Nothing in the file is believed but the claim itself. The random weights are regenerated, the
-network is folded, bounded and run again, and each claim is compared with what comes out.
+The random weights are regenerated, the network is folded, bounded and run again, and each claim is
+compared with what comes out. The claims are the certificate's ``bound``, ``per_output``,
+``weight_error``, ``empirical`` (at the witness) and ``float32_bound``, and the ticket's ``eps``.
+Its ``weight_eps`` is one unless the history records weights that missed it. The history,
+``float32_measured`` and ``samples`` say what was seen once; they are no claims and not checked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +92,7 @@ def verify_ticket(
         checks.append(Check("certificate", False, "the file holds none"))
     else:
         checks += _certificate(ticket, folded, certificate)
-        checks.append(_float32_run(ticket, folded, samples))
+        checks.append(_float32_run(ticket, folded, certificate, samples))
     return Verification(ticket, tuple(checks))
 
 
@@ -104,19 +108,30 @@ def _weights(ticket: Ticket, folded: FoldedNetwork) -> Check:
 
 
 def _certificate(ticket: Ticket, folded: FoldedNetwork, claimed: Certificate) -> list[Check]:
-    bound = float(bound_error(folded, ticket.box, claimed.method).max())
+    fresh = bound_error(folded, ticket.box, claimed.method)
+    bound = float(fresh.max())
+    found = [layer.weight_error for layer in propagate(folded, ticket.box).layers]
+    each = _below(fresh.tolist(), claimed.per_output)
+    words = f"recomputed {bound:.6g} ({claimed.method}), claimed {claimed.bound:.6g}"
     checks = [
         Check(
             "bound",
-            bound <= claimed.bound * SLACK,
-            f"recomputed {bound:.6g} ({claimed.method}), claimed {claimed.bound:.6g}",
-        )
+            bound <= claimed.bound * SLACK and each,
+            words if each else words + "; some output's bound is above its claim",
+        ),
+        Check(
+            "weight error",
+            _below(found, claimed.weight_error),
+            f"recomputed {_list(found)}, claimed {_list(claimed.weight_error)}",
+        ),
     ]
     if ticket.eps is not None:
         words = f"bound {bound:.4g}, asked {ticket.eps:.4g}"
         checks.append(Check("epsilon", bound <= ticket.eps * SLACK, words))
     witness = claimed.witness
-    if witness is not None:
+    if witness is None:
+        checks.append(Check("witness", False, "the file holds none"))
+    else:
         inside = bool(((witness >= ticket.box.low) & (witness <= ticket.box.high)).all())
         value = attained(folded, witness)
         agrees = abs(value - claimed.empirical) <= 1e-9 * (1 + claimed.empirical)
@@ -125,7 +140,19 @@ def _certificate(ticket: Ticket, folded: FoldedNetwork, claimed: Certificate) ->
     return checks
 
 
-def _float32_run(ticket: Ticket, folded: FoldedNetwork, samples: int) -> Check:
+def _below(found: Sequence[float], claimed: Sequence[float]) -> bool:
+    """Whether every number found is within its claim (a NaN is not)."""
+    pairs = zip(found, claimed, strict=False)
+    return len(found) == len(claimed) and all(f <= c * SLACK for f, c in pairs)
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _float32_run(
+    ticket: Ticket, folded: FoldedNetwork, certificate: Certificate, samples: int
+) -> Check:
     """The masked network itself, in float32, stays within its own proved bound of the target."""
     x = points(ticket.seed, samples, ticket.box.low, ticket.box.high).float()
     limit = float(propagate(folded, ticket.box, FLOAT32).error.max())
@@ -133,4 +160,8 @@ def _float32_run(ticket: Ticket, folded: FoldedNetwork, samples: int) -> Check:
     with torch.no_grad():
         gap = float((run - ticket.target.forward(x.double())).abs().max())
     words = f"masked network in float32: error {gap:.4g} on {samples} inputs, bound {limit:.4g}"
-    return Check("float32 run", gap <= limit * SLACK, words)
+    claimed = certificate.float32_bound
+    within = claimed is not None and limit <= claimed * SLACK
+    if not within:
+        words += ", claimed " + ("none" if claimed is None else f"{claimed:.4g}")
+    return Check("float32 run", within and gap <= limit * SLACK, words)
