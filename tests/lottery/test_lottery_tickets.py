@@ -141,6 +141,11 @@ def test_leaky_targets_on_signed_inputs(slope):
         assert torch.allclose(MaskedNetwork(ticket).run(x), ticket.fold().forward(x), atol=1e-10)
 
 
+def test_copies_keep_to_eps(small_net):
+    ticket = CopyTicket(eps=0.5).fit(small_net, (-1, 1))
+    assert float(propagate(ticket.fold(), ticket.box).error.max()) <= 0.5 * (1 + 1e-9)
+
+
 class TestCorners:
     def fit(self, matrix, finder=None, domain=(0, 1)):
         linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
