@@ -176,3 +176,9 @@ def test_bad_requests(small_net, digits_net):
         certify(pruned_network(small_net, [x.matrix for x in small_net.layers]))
     with pytest.raises(UsageError, match="shape"):
         certify_pruning(small_net, small_net, Box.of((0, 1), (3,)))
+    matrices = [layer.matrix for layer in small_net.layers]
+    for wrong in (matrices[:1], [matrices[0][:, :1], matrices[1]]):
+        with pytest.raises(UsageError, match="one matrix"):
+            certify_pruning(small_net, wrong, (0, 1))
+    with pytest.raises(UsageError, match="finite"):
+        certify_pruning(small_net, [matrices[0] * float("nan"), matrices[1]], (0, 1))

@@ -160,6 +160,11 @@ def certify_pruning(
                 fix="keep shapes and activations; set removed weights to zero",
             )
         pruned = [layer.matrix for layer in pruned.layers]
+    shapes = [layer.matrix.shape for layer in target.layers]
+    if [matrix.shape for matrix in pruned] != shapes:
+        raise UsageError("one matrix of the target's shape per layer is needed", field="pruned")
+    if not all(bool(matrix.isfinite().all()) for matrix in pruned):
+        raise UsageError("the weights are not all finite", field="pruned")
     box = Box.of(domain, target.input_shape)
     return certify(pruned_network(target, pruned), box, method=method, data=data, seed=seed)
 
