@@ -40,7 +40,6 @@ from secateur.models.anatomy import ModelView
 from secateur.models.loading import load
 
 NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-GRAIN = 1.01  # resident memory is known to about a megabyte
 LIMIT = 4.0  # times a forward
 BLOCKS, WIDTH = 12, 512  # 50 M parameters
 
@@ -125,9 +124,7 @@ def measure_memory(spec: str, blocks: int | None, samples: int, length: int) -> 
         "  memory, MiB: "
         + ", ".join(f"{k} {v / MIB:.0f}" for k, v in figures.items() if isinstance(v, int))
     )
-    print(
-        f"  ours / allowed {figures['ours_of_allowed']}  {verdict(held['ours'] / allowed, GRAIN)}"
-    )
+    print(f"  ours / allowed {figures['ours_of_allowed']}  {verdict(held['ours'] / allowed, 1.0)}")
     return figures
 
 

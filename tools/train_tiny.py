@@ -102,6 +102,7 @@ def train(folder: Path | None, out: Path, settings: Settings, device: str, compi
     model.load_state_dict(saved)
     card = {
         "name": "secateur-tiny",
+        "licence": "Apache-2.0",
         "parameters": sum(p.numel() for p in model.parameters()),
         "settings": {k: v for k, v in asdict(settings).items() if v != math.inf},
         "tokens_seen": seen,

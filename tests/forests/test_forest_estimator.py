@@ -272,7 +272,7 @@ def test_wrong_data_is_named() -> None:
     with pytest.raises(NotFittedError):
         BudgetPruner(FOREST, lam=1.0).predict(X)
     two = RandomForestClassifier(2).fit(X, np.stack([Y, 1 - Y], 1))
-    with pytest.raises(NotImplementedError, match="one output"):
+    with pytest.raises(ForestInputError, match="one output"):
         BudgetPruner(two, lam=1.0, prefit=True).fit(X, Y)
 
 

@@ -20,7 +20,7 @@ from sklearn.base import is_classifier
 from sklearn.tree._tree import Tree
 
 from secateur.forests.baselines import CandidatePruner
-from secateur.forests.checks import ForestInputError
+from secateur.forests.checks import ForestInputError, UnsupportedForestError
 from secateur.forests.data_roles import Examples
 from secateur.forests.losses import encode_labels
 from secateur.forests.rebuild import with_trees
@@ -38,7 +38,12 @@ class BudgetRF(CandidatePruner):
         self, forest: Any, train: Examples | None, validation: Examples, progress: Progress
     ) -> Iterator[tuple[float, Any]]:
         if not is_classifier(forest):
-            raise NotImplementedError("BudgetRF grows classification forests only")
+            raise UnsupportedForestError(
+                "BudgetRF grows classification forests only",
+                field="estimator",
+                value=type(forest).__name__,
+                fix="BudgetPruner prunes regression forests too",
+            )
         if train is None:
             raise ForestInputError(
                 "BudgetRF grows its own trees and needs training examples",

@@ -32,6 +32,10 @@ class ForestInputError(UsageError, ValueError):
     """A wrong argument; also a ``ValueError``, which scikit-learn's callers expect."""
 
 
+class UnsupportedForestError(ForestInputError):
+    """A forest of a kind this method does not prune; a comparison leaves the method out."""
+
+
 @dataclass(frozen=True)
 class FeatureCosts:
     """What acquiring features costs: one price for each group, paid once per example.
@@ -176,7 +180,7 @@ def check_forest(estimator: Any) -> None:
     Raises:
         ForestInputError: not a random forest or extra-trees estimator.
         NotFittedError: not fitted.
-        NotImplementedError: several outputs.
+        UnsupportedForestError: several outputs.
     """
     if not isinstance(estimator, FORESTS):
         raise ForestInputError(
@@ -188,6 +192,9 @@ def check_forest(estimator: Any) -> None:
         )
     check_is_fitted(estimator)
     if estimator.n_outputs_ != 1:
-        raise NotImplementedError(
-            f"forests with one output only; this one has {estimator.n_outputs_}"
+        raise UnsupportedForestError(
+            "only forests with one output can be pruned",
+            field="estimator",
+            value=f"{estimator.n_outputs_} outputs",
+            fix="fit one forest for each output",
         )

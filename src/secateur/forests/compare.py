@@ -24,6 +24,7 @@ from secateur.forests.baselines import (
     GreedyPruner,
 )
 from secateur.forests.budgetrf import BudgetRF
+from secateur.forests.checks import UnsupportedForestError
 from secateur.forests.lightgbm_lazy import lightgbm_candidates
 from secateur.forests.metrics import expected_feature_cost
 from secateur.forests.pruner import BudgetPruner
@@ -171,7 +172,7 @@ def compare(
                     continue
                 try:
                     curve = [_figures(f, split, knob) for knob, f in method(split)]
-                except (MissingExtra, NotImplementedError) as reason:
+                except (MissingExtra, UnsupportedForestError) as reason:
                     result.left_out[name] = str(reason).splitlines()[0]
                     continue
                 _enter(result, name, curve, full)
