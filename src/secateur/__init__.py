@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "prune": "secateur.api",
     "evaluate": "secateur.api",
+    "apply_mask": "secateur.models.mask_file",
     "load_pruned": "secateur.export.loading",
     "Recipe": "secateur.recipe",
     "Result": "secateur.run.runner",
@@ -31,6 +32,7 @@ __all__ = [
     "Target",
     "UsageError",
     "__version__",
+    "apply_mask",
     "evaluate",
     "load_pruned",
     "prune",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError, UsageError
     from secateur.export.loading import load_pruned
     from secateur.masks.target import Target
+    from secateur.models.mask_file import apply_mask
     from secateur.recipe import Recipe
     from secateur.run.runner import Result
 

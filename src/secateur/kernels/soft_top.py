@@ -53,7 +53,7 @@ class SoftTop:
 
     def choose(self, logits: Tensor) -> Tensor:
         """The N largest logits are kept, (G, M) bool, True = pruned; ties go to the first."""
-        order = logits.argsort(-1, descending=True, stable=True)
+        order = torch.argsort(logits, dim=-1, descending=True, stable=True)
         mask = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
         return mask.scatter_(-1, order[:, : self.keep], False)
 
