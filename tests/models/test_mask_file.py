@@ -5,8 +5,8 @@ import torch
 
 import secateur
 from secateur.errors import SecateurError, UsageError
-from secateur.masks.target import Cut, Scope, Target
 from secateur.masks.selection import select
+from secateur.masks.target import Cut, Scope, Target
 from secateur.models.anatomy import ModelView
 from secateur.models.mask_file import MaskFile, apply_mask, save_mask
 from secateur.models.tiny import tiny_model
