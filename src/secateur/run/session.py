@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from secateur import __version__
+from secateur.allocation import Allocator, allocators
 from secateur.data.windows import Windows, calibration_windows, evaluation_windows
 from secateur.errors import UsageError
+from secateur.evidence.readings import Reading
 from secateur.evidence.replay import Replay, Residency
 from secateur.masks.target import Scope
 from secateur.methods import Method, Need, methods
@@ -103,6 +105,28 @@ def needs(method: Method, update: Update) -> frozenset[Need]:
     return method.requirements() | ({Need.GRAM} if update != "none" else frozenset())
 
 
+def allocator_of(recipe: Recipe) -> Allocator | None:
+    """The recipe's allocator with its options; None when the allocation is a saved plan.
+
+    Raises:
+        UsageError: neither an allocator nor a plan; unknown or wrong options.
+    """
+    name, options = recipe.allocator
+    if name.endswith(".json"):
+        if options:
+            raise UsageError("a saved plan has no options", field="allocation", value=options)
+        return None
+    if recipe.scope is not None and Scope.parse(recipe.scope).kind == "global":
+        name, options = "global", {}
+    return allocators[name].with_options(options)
+
+
+def readings_of(recipe: Recipe) -> tuple[Reading, ...]:
+    """What the recipe's allocator reads off the dense model."""
+    allocator = allocator_of(recipe)
+    return () if allocator is None else allocator.readings()
+
+
 def prepare(
     recipe: Recipe,
     loaded: Loaded | None = None,
@@ -145,7 +169,8 @@ def prepare(
         ranks=ranks,
     )
     spec = recipe.calibration
-    if session.needs:
+    reads = any(r.inputs or r.sample for r in readings_of(recipe))
+    if session.needs or reads:
         session.calibration = calibration_windows(
             spec.text if calibration is None else calibration,
             loaded.tokenizer,
@@ -170,7 +195,7 @@ def prepare(
 def identity(session: Session) -> dict[str, Any]:
     """Everything the pruned weights depend on, and nothing else."""
     recipe = session.recipe.model_dump(mode="json")
-    plan = Path(session.recipe.allocation)
+    plan = Path(session.recipe.allocator[0])
     if plan.suffix == ".json" and plan.exists():
         recipe["allocation"] = hashlib.sha256(plan.read_bytes()).hexdigest()
     for key in ("evaluation", "model", "stream", "device", "trust_remote_code"):
