@@ -90,6 +90,14 @@ def usual(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in ("biases", "norms") if name in available(model))
 
 
+def refuse_empty(view: ModelView, names: Iterable[str]) -> None:
+    """Nothing is changed; UsageError where ``choose`` would find a subset empty."""
+    there = available(view.model)
+    for name in names:
+        if name not in there:
+            raise _empty(view, name)
+
+
 def choose(view: ModelView, names: Iterable[str], within: nn.Module | None = None) -> Chosen:
     """Let exactly the parameters of ``names`` require gradients.
 
