@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """The numba form of ``kernels.candidate_mix``: one pass over the groups, nothing kept for backward.
 
 A chunk of groups lives in a small buffer (in cache) while noise, logits, softmax and mixture are
@@ -18,7 +19,7 @@ _LOG2E = np.float32(1.4426950408889634)
 
 
 @numba.njit(inline="always")
-def _hash(counter, key_low, key_high):  # type: ignore[no-untyped-def]
+def _hash(counter, key_low, key_high):
     """Two rounds of a 32-bit finaliser over a counter and a 64-bit key."""
     # numba widens products of uint32 to 64 bits, so each is cut back.
     x = np.uint32(counter ^ key_low)
@@ -31,7 +32,7 @@ def _hash(counter, key_low, key_high):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(fastmath=True)
-def _log(values, as_bits, count):  # type: ignore[no-untyped-def]
+def _log(values, as_bits, count):
     """Natural logarithm in place of the first ``count`` positive normal float32 ``values``."""
     for i in range(count):
         bits = as_bits[i]
@@ -56,7 +57,7 @@ def _log(values, as_bits, count):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(fastmath=True)
-def _exp(values, as_bits, scratch, count):  # type: ignore[no-untyped-def]
+def _exp(values, as_bits, scratch, count):
     """exp in place of the first ``count`` values, all <= 0; below -87 it is 0."""
     for i in range(count):
         x = max(values[i], np.float32(-87.0)) * _LOG2E
@@ -82,7 +83,7 @@ def _exp(values, as_bits, scratch, count):  # type: ignore[no-untyped-def]
 @numba.njit(fastmath=True)
 def _softmax(
     logits, first, groups, patterns, key_low, key_high, noisy, kappa, tau, y, bits, scratch
-):  # type: ignore[no-untyped-def]
+):
     """Probabilities of ``groups`` groups from ``first`` on, into ``y`` (groups x patterns, flat)."""
     count = groups * patterns
     start = first * patterns
@@ -116,7 +117,7 @@ def _softmax(
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def masked(logits, table, key_low, key_high, noisy, kappa, tau, weight, out):  # type: ignore[no-untyped-def]
+def masked(logits, table, key_low, key_high, noisy, kappa, tau, weight, out):
     """``out[g] = weight[g] * sum_k y[g, k] table[k]``; ``logits`` flat (G * K), the others (G, M)."""
     patterns, width = table.shape
     groups = out.shape[0]
@@ -140,7 +141,7 @@ def masked(logits, table, key_low, key_high, noisy, kappa, tau, weight, out):  #
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def masked_backward(
     logits, table, key_low, key_high, noisy, kappa, tau, weight, grad, square, d_logits, out
-):  # type: ignore[no-untyped-def]
+):
     """``CandidateMix.backward``: probabilities made again, ``out`` and ``d_logits`` filled."""
     patterns, width = table.shape
     groups = grad.shape[0]

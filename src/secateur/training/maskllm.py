@@ -181,7 +181,7 @@ class Gated(nn.Module):
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         how = (self.mix, self.draw)
         y, self.square = _MaskedLinear.apply(x, self.dense(), self.mask_logits, bias, *how)
-        return y  # type: ignore[no-any-return]
+        return y
 
     def __getattr__(self, name: str) -> Any:
         # Models look at a linear's weight (its type, its device) or sizes without calling it.
