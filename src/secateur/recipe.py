@@ -64,6 +64,22 @@ class Evaluation(_Part):
     speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
 
 
+class Search(_Part):
+    """The text an allocator that searches tries its plans on."""
+
+    text: str | None = Field(
+        None, description="file or named corpus, never evaluated on; null: the calibration's"
+    )
+    samples: int = Field(16, ge=1, description="sequences a plan is judged on")
+    length: int | None = Field(
+        None, ge=2, description="tokens in each; null: the calibration's, or 512"
+    )
+    seed: int = Field(1, ge=0, description="which windows of the text are drawn")
+    fitness: Literal["kl", "perplexity"] = Field(
+        "kl", description="KL divergence from the dense model's predictions, or perplexity"
+    )
+
+
 class Recipe(_Part):
     """One run, from model to report."""
 
@@ -93,6 +109,7 @@ class Recipe(_Part):
         None, description="path of the list of blocks, if not found by itself"
     )
     calibration: Calibration = Calibration()
+    search: Search = Search()
     propagate: Literal["pruned", "dense"] = Field(
         "pruned", description="what later blocks are calibrated on"
     )
@@ -216,7 +233,11 @@ class Recipe(_Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-_PARTS: dict[str, type[_Part]] = {"calibration": Calibration, "evaluation": Evaluation}
+_PARTS: dict[str, type[_Part]] = {
+    "calibration": Calibration,
+    "evaluation": Evaluation,
+    "search": Search,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "update": "none"},
