@@ -109,4 +109,4 @@ def _dense_scores(session: Session, root: Path | None) -> Iterator[tuple[str, Te
                     None if sums is None else of_matrix(sums, m),
                     len(session.calibration) if session.calibration else 0,
                 )
-                yield m.name, session.method.score(m.tensor().float(), evidence)
+                yield m.name, session.ranker.score(m.tensor().float(), evidence)

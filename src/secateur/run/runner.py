@@ -178,7 +178,7 @@ def prune_blocks(
     replay = None if windows is None else session.replay(windows)
     engine = Engine(
         view=session.view,
-        method=session.method,
+        method=session.ranker,
         plan=plan,
         scope=session.scope,
         update=session.update,

@@ -19,7 +19,7 @@ from secateur.errors import UsageError
 from secateur.evidence.readings import Reading
 from secateur.evidence.replay import Replay, Residency
 from secateur.masks.target import Scope
-from secateur.methods import Method, Need, methods
+from secateur.methods import Described, Method, Need, methods
 from secateur.methods.base import Update
 from secateur.models.anatomy import Block, ModelView
 from secateur.models.loading import Loaded, load
@@ -36,7 +36,7 @@ class Session:
     recipe: Recipe
     loaded: Loaded
     view: ModelView
-    method: Method
+    method: Described
     scope: Scope
     update: Update
     device: torch.device
@@ -47,6 +47,12 @@ class Session:
     timing: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def ranker(self) -> Method:
+        """The method, where single weights are pruned."""
+        assert isinstance(self.method, Method), "structured methods have a run of their own"
+        return self.method
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -93,14 +99,14 @@ class Session:
         )
 
 
-def resolve(recipe: Recipe) -> tuple[Method, Scope, Update]:
+def resolve(recipe: Recipe) -> tuple[Described, Scope, Update]:
     """The method, with what the recipe leaves open filled in from the method's defaults."""
     method = methods[recipe.method].with_options(recipe.options)
     scope = Scope.parse(recipe.scope) if recipe.scope else method.scope
     return method, scope, recipe.update or method.update
 
 
-def needs(method: Method, update: Update) -> frozenset[Need]:
+def needs(method: Described, update: Update) -> frozenset[Need]:
     """Evidence of a method and of the survivors' update together."""
     return method.requirements() | ({Need.GRAM} if update != "none" else frozenset())
 
