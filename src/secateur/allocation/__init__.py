@@ -9,6 +9,11 @@ allocators: Registry[type[Allocator]] = Registry(
     {
         "uniform": "secateur.allocation.uniform:Uniform",
         "global": "secateur.allocation.global_rank:Global",
+        "er": "secateur.allocation.erdos_renyi:ER",
+        "erk": "secateur.allocation.erdos_renyi:ERK",
+        "lamp": "secateur.allocation.lamp:LAMP",
+        "alphapruning": "secateur.allocation.alpha_pruning:AlphaPruning",
+        "als": "secateur.allocation.als:ALS",
         "incremental": "secateur.allocation.incremental:Incremental",
     },
     group="secateur.allocators",

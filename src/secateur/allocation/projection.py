@@ -50,29 +50,11 @@ def project(
                 f"the allocator wishes a sparsity of {value} for item {i}",
                 fix="look for constant, NaN or infinite scores in its evidence",
             )
-    for lo, hi in zip(lows, highs, strict=True):
-        if not 0 <= lo <= hi <= 1:
-            raise UsageError(
-                "bounds of a sparsity lie in [0, 1], the lower first",
-                field="bounds",
-                value=[lo, hi],
-            )
     total = sum(sizes)
     if not total:
         return [sparsity] * n
-    budget = sparsity * total
-    least = sum(p * lo for p, lo in zip(sizes, lows, strict=True))
-    most = sum(p * hi for p, hi in zip(sizes, highs, strict=True))
-    slack = 1e-9 * total
-    if not least - slack <= budget <= most + slack:
-        raise UsageError(
-            f"with these bounds between {least / total:.6g} and {most / total:.6g} "
-            f"of the weights can go, so {sparsity:.6g} cannot be met",
-            field="bounds",
-            value=[min(lows), max(highs)],
-            fix=f"bounds around the target, such as [{max(0.0, sparsity - 0.1):.3g}, "
-            f"{min(1.0, sparsity + 0.1):.3g}]",
-        )
+    refuse_infeasible(sizes, sparsity, lows, highs)
+    budget, slack = sparsity * total, 1e-9 * total
     if mode == "density":
         kept = project(
             [1 - r for r in raw],
@@ -90,6 +72,35 @@ def project(
             return scaled
         wishes = scaled  # zeros cannot grow by a factor: what is missing is shifted
     return _solve(wishes, [1.0] * n, sizes, budget, lows, highs)
+
+
+def refuse_infeasible(
+    sizes: Sequence[int], sparsity: float, low: Sequence[float], high: Sequence[float]
+) -> None:
+    """Stop where no ratios within the bounds have the weighted mean ``sparsity``.
+
+    Raises:
+        UsageError: saying what the bounds allow.
+    """
+    for lo, hi in zip(low, high, strict=True):
+        if not 0 <= lo <= hi <= 1:
+            raise UsageError(
+                "bounds of a sparsity lie in [0, 1], the lower first",
+                field="bounds",
+                value=[lo, hi],
+            )
+    total = sum(sizes)
+    least = sum(p * lo for p, lo in zip(sizes, low, strict=True)) / total
+    most = sum(p * hi for p, hi in zip(sizes, high, strict=True)) / total
+    if not least - 1e-9 <= sparsity <= most + 1e-9:
+        raise UsageError(
+            f"with these bounds between {least:.6g} and {most:.6g} of the weights can go, "
+            f"so {sparsity:.6g} cannot be met",
+            field="bounds",
+            value=[min(low), max(high)],
+            fix=f"bounds around the target, such as [{max(0.0, sparsity - 0.1):.3g}, "
+            f"{min(1.0, sparsity + 0.1):.3g}]",
+        )
 
 
 def _solve(

@@ -68,7 +68,12 @@ class Reading(ABC):
 
     @property
     def sample(self) -> int:
-        """Tokens whose activations it needs; 0: none. It may use the first so many rows."""
+        """Tokens whose activations it needs; 0: none. It uses the first so many rows."""
+        return 0
+
+    @property
+    def of_matrices(self) -> int:
+        """Of those, tokens whose activations it needs of the block's matrices, not the block's."""
         return 0
 
     @abstractmethod

@@ -53,8 +53,9 @@ def _pass(
 ) -> Records:
     found: Records = {r: [] for r in readings}
     tokens = max(r.sample for r in readings)
+    inside = max(r.of_matrices for r in readings)
     inputs = any(r.inputs for r in readings)
-    stream = _Stream(session, tokens, inputs) if tokens or inputs else None
+    stream = _Stream(session, tokens, inside, inputs) if tokens or inputs else None
     label = f"reading blocks for {', '.join(sorted({r.name for r in readings}))}"
     with session.progress.stage(label, total=len(session.view.blocks), unit="blocks") as advance:
         for block in session.view.blocks:
@@ -109,11 +110,12 @@ def _weight(matrix: Matrix) -> Callable[[], Tensor]:
 class _Stream:
     """Calibration windows moved through the dense blocks, with what readings need of each."""
 
-    def __init__(self, session: Session, tokens: int, inputs: bool) -> None:
+    def __init__(self, session: Session, tokens: int, inside: int, inputs: bool) -> None:
         windows = session.calibration
         assert windows is not None, "prepare() draws windows when an allocator needs them"
         self.ranks = session.ranks
         self.inputs = inputs
+        self.inside = inside
         count, length = windows.ids.shape
         places = sampled_positions(windows.mask, count, length, tokens)
         if not inputs:  # only the windows that hold sampled tokens are run
@@ -124,7 +126,7 @@ class _Stream:
         self.replay: Replay = session.replay(windows)
         size = [ids.shape[0] for ids in self.replay.ids]
         starts = [sum(size[:b]) for b in range(len(size))]
-        # For each batch of this rank: (row of its flattened tokens, place in the sample).
+        # For each batch of this rank: (rows of its flattened tokens, places in the sample).
         self.rows: list[tuple[Tensor, Tensor]] = []
         world, rank = self.ranks.world, self.ranks.rank
         window, position = places // length, places % length
@@ -133,67 +135,75 @@ class _Stream:
             mine = (window % world == rank) & (local >= 0) & (local < n)
             order = mine.nonzero().flatten()
             self.rows.append((local[order] * length + position[order], order))
+        self.inner = [(rows[order < inside], order[order < inside]) for rows, order in self.rows]
 
     @torch.no_grad()
     def facts(self, block: Block) -> BlockFacts:
         """Run the block once; its outputs become the next block's inputs."""
-        parts: dict[str, list[Tensor]] = {}
+        whole, inside = _Rows(self.rows), _Rows(self.inner)
+        for b, hidden in enumerate(self.replay.hidden):
+            whole.take("input", b, hidden)
         batch = 0
-
-        def take(key: str, x: Tensor) -> None:
-            rows = self.rows[batch][0]
-            if rows.numel():
-                flat = x.reshape(-1, x.shape[-1])
-                parts.setdefault(key, []).append(flat[rows.to(x.device)].float().cpu())
 
         def begin(module: Any, args: Any, kwargs: Any) -> None:
             nonlocal batch
             hidden = args[0] if args else kwargs["hidden_states"]
             batch = next(b for b, h in enumerate(self.replay.hidden) if h is hidden)
-            take("input", hidden)
 
-        sampled = any(rows.numel() for rows, _ in self.rows)
+        def watch(matrix: Matrix) -> Callable[..., None]:
+            def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+                given = args[0] if args else next(iter(kwargs.values()))
+                inside.take(f"{matrix.name}|input", batch, given)
+                inside.take(f"{matrix.name}|output", batch, output)
+
+            return hook
+
         with ExitStack() as stack:
-            if sampled:
+            if any(rows.numel() for rows, _ in self.inner):
                 hook = block.module.register_forward_pre_hook(begin, with_kwargs=True)
                 stack.callback(hook.remove)
                 for matrix in block.matrices:
                     if matrix.index is None:
                         handle = matrix.module.register_forward_hook(
-                            _both(matrix.name, take), with_kwargs=True
+                            watch(matrix), with_kwargs=True
                         )
                         stack.callback(handle.remove)
+            found: BlockInputs | None = None
             if self.inputs:
                 found, outputs = gather_inputs(self.replay, block, gram=False)
             else:
-                found, outputs = None, self.replay.advance(block)
+                outputs = self.replay.advance(block)
         if found is not None:
             self.ranks.sum_inputs(found)
         for b, hidden in enumerate(outputs):
-            batch = b
-            take("output", hidden)
+            whole.take("output", b, hidden)
         self.replay.hidden = outputs
+        features = {**whole.joined(self.ranks), **inside.joined(self.ranks)}
+        return _facts(block, found, features)
+
+
+class _Rows:
+    """Rows of sampled tokens, picked batch by batch, put in the sample's order in the end."""
+
+    def __init__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.rows = rows
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def take(self, key: str, batch: int, x: Tensor) -> None:
+        """The sampled tokens' rows of a batch's activations (B, L, d)."""
+        rows = self.rows[batch][0]
+        if rows.numel():
+            flat = x.reshape(-1, x.shape[-1])
+            self.parts.setdefault(key, []).append(flat[rows.to(x.device)].float().cpu())
+
+    def joined(self, ranks: Ranks) -> dict[str, Tensor]:
+        """All ranks' rows under each key, (T, d)."""
         order = [o for _, o in self.rows if o.numel()]
-        return _facts(block, found, _ordered(parts, order, self.ranks))
-
-
-def _both(name: str, take: Callable[[str, Tensor], None]) -> Callable[..., None]:
-    def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        take(f"{name}|input", args[0] if args else next(iter(kwargs.values())))
-        take(f"{name}|output", output)
-
-    return hook
-
-
-def _ordered(
-    parts: dict[str, list[Tensor]], order: Sequence[Tensor], ranks: Ranks
-) -> dict[str, Tensor]:
-    """All ranks' rows under each key, in the sample's order."""
-    places = torch.cat(list(order)) if order else torch.zeros(0, dtype=torch.int64)
-    mine = (places, {key: torch.cat(rows) for key, rows in parts.items()})
-    everyone = [(p, rows) for p, rows in ranks.gather(mine) if p.numel()]
-    if not everyone:
-        return {}
-    back = torch.cat([p for p, _ in everyone]).argsort()
-    keys = list(everyone[0][1])
-    return {key: torch.cat([rows[key] for _, rows in everyone])[back] for key in keys}
+        places = torch.cat(order) if order else torch.zeros(0, dtype=torch.int64)
+        mine = (places, {key: torch.cat(rows) for key, rows in self.parts.items()})
+        everyone = [(p, rows) for p, rows in ranks.gather(mine) if p.numel()]
+        if not everyone:
+            return {}
+        back = torch.cat([p for p, _ in everyone]).argsort()
+        keys = list(everyone[0][1])
+        return {key: torch.cat([rows[key] for _, rows in everyone])[back] for key in keys}

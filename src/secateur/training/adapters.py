@@ -13,8 +13,8 @@ Source: see ``low_rank``, where the formulas are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,9 +25,10 @@ from torch.nn import functional as F
 from secateur.errors import UsageError
 from secateur.models.anatomy import Matrix, ModelView
 from secateur.models.discovery import is_conv1d, is_linear
-from secateur.models.head import is_tied, output_head
+from secateur.models.head import output_head
 from secateur.training.low_rank import (
     KINDS,
+    MASKED,
     Drop,
     Init,
     Kind,
@@ -36,6 +37,7 @@ from secateur.training.low_rank import (
     merged,
     start,
 )
+from secateur.training.masked import check_masks
 
 __all__ = ["Adapted", "AdapterOptions", "Adapters"]
 
@@ -45,20 +47,20 @@ class AdapterOptions:
     """What is put on, and where.
 
     Attributes:
-        kind: ``mask_lora`` and ``scale_lora`` keep the zeros while they train; ``lora_prune``
+        kind: ``mask-lora``, ``scale-lora`` and ``spp`` keep the zeros while they train; ``lora-prune``
             trains a dense update and keeps the zeros when it is merged; ``lora`` is for
             matrices without a mask (after structured cuts).
         rank: of the update.
-        alpha: the update is multiplied by alpha / rank (``scale_lora`` has no such factor).
-        dropout: on the layer's input (``lora``, ``lora_prune``) or on the entries of BA.
-        init: how ``scale_lora`` starts; ``paper`` stays of rank one for ever.
+        alpha: the update is multiplied by alpha / rank (``scale-lora`` has no such factor).
+        dropout: on the layer's input (``lora``, ``lora-prune``) or on the entries of BA.
+        init: how ``scale-lora`` starts; ``ones`` stays of rank one for ever.
         targets: roles (q, k, v, o, gate, up, down, fc1, fc2 ...) or patterns on names; none
             means every matrix.
         head: a plain LoRA on the output head as well (it is not pruned).
         seed: of the initial A, and of dropout.
     """
 
-    kind: Kind = "mask_lora"
+    kind: Kind = "mask-lora"
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
@@ -79,13 +81,13 @@ class AdapterOptions:
             refuse("alpha", "with this factor nothing can be learnt", "2 x rank is usual")
         if not 0 <= self.dropout < 1:
             refuse("dropout", "is a share in [0, 1)", "0 unless you train for many epochs")
-        if self.init not in ("broken", "paper"):
-            refuse("init", "no such start", "one of broken, paper")
+        if self.init not in ("broken", "ones"):
+            refuse("init", "no such start", "one of broken, ones")
 
     @property
     def scale(self) -> float:
         """What BA is multiplied by."""
-        return 1.0 if self.kind == "scale_lora" else self.alpha / self.rank
+        return 1.0 if self.kind == "scale-lora" else self.alpha / self.rank
 
 
 class Adapted(nn.Module):
@@ -134,7 +136,7 @@ class Adapted(nn.Module):
         """The layer's output with the effective weight."""
         kind = torch.get_autocast_dtype(x.device.type) if _autocast(x) else None
         x = x if kind is None else x.to(kind)
-        if self.kind in ("mask_lora", "scale_lora"):
+        if self.kind in MASKED:
             bias = getattr(self.base_layer, "bias", None)
             how = (self.scale, self.kind, self._drop())
             return masked_linear(x, self._weight(), self.keep, self.lora_a, self.lora_b, bias, *how)
@@ -205,25 +207,46 @@ class Adapters:
             UsageError: a mask that does not fit the model, a target that is not there, a head
                 that shares its weight with the embedding.
         """
-        adapters = cls(view.model, options)
-        chosen = _chosen(view, options.targets, adapters.skipped)
         check_masks(view, masks)
+        skipped: dict[str, str] = {}
+        chosen = _chosen(view, options.targets, skipped)
+        adapters = cls.attach_to(view.model, chosen, masks, options)
+        adapters.skipped = skipped
+        if options.head:
+            try:
+                adapters._put_on_head()
+            except BaseException:
+                adapters.detach()
+                raise
+        return adapters
+
+    @classmethod
+    def attach_to(
+        cls,
+        model: nn.Module,
+        matrices: Iterable[Matrix],
+        masks: Mapping[str, Tensor],
+        options: AdapterOptions,
+    ) -> Adapters:
+        """Put adapters on these matrices (also ones outside the blocks) of ``model``.
+
+        Raises:
+            UsageError: a matrix whose weight another module shares; fused experts.
+        """
+        adapters = cls(model, options)
         generator = torch.Generator().manual_seed(options.seed)
-        try:
-            for matrix in chosen:
-                adapted = Adapted(
-                    matrix.module,
-                    options,
-                    generator,
-                    transposed=matrix.transposed,
-                    gone=masks.get(matrix.name),
-                )
-                adapters._put(matrix.name, adapted)
-            if options.head:
-                adapters._put_on_head(generator)
-        except BaseException:
-            adapters.detach()
-            raise
+        matrices = list(matrices)
+        for matrix in matrices:
+            _refuse_unfit(model, matrix)
+        for matrix in matrices:
+            adapted = Adapted(
+                matrix.module,
+                options,
+                generator,
+                transposed=matrix.transposed,
+                gone=masks.get(matrix.name),
+            )
+            adapters._put(matrix.name, adapted)
         return adapters
 
     def _put(self, name: str, adapted: Adapted) -> None:
@@ -232,17 +255,12 @@ class Adapters:
         self.model.get_submodule(parent)._modules[leaf] = adapted
         self.modules[name] = adapted
 
-    def _put_on_head(self, generator: torch.Generator) -> None:
-        name, head = output_head(self.model)
-        if is_tied(self.model):
-            raise UsageError(
-                "the head shares its weight with the input embedding, which merging would change too",
-                field="head",
-                value=name,
-                fix="untie them first (untie_head(model)), or leave the head out",
-            )
-        plain = AdapterOptions("lora", self.options.rank, self.options.alpha, self.options.dropout)
-        self._put(name, Adapted(head, plain, generator, transposed=is_conv1d(head)))
+    def _put_on_head(self) -> None:
+        """A plain LoRA of the same rank on the head, which is not pruned."""
+        name, module = output_head(self.model)
+        head = Matrix(name, module, transposed=is_conv1d(module))
+        plain = replace(self.options, kind="lora", seed=self.options.seed + 1)
+        self.modules |= self.attach_to(self.model, [head], {}, plain).modules
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """A and B of every adapter, as ``matrix.lora_a`` and ``matrix.lora_b``."""
@@ -295,7 +313,7 @@ class Adapters:
                     f"merging would fill the zeros of '{name}'",
                     field="kind",
                     value="lora",
-                    fix="train mask_lora, scale_lora or lora_prune; or export it as an adapter",
+                    fix="train mask-lora, scale-lora or lora-prune; or export it as an adapter",
                 )
         matrices = {
             name: Matrix(name, m.base_layer, transposed=m.transposed)
@@ -358,34 +376,19 @@ def _meant(matrix: Matrix, target: str) -> bool:
     return matrix.role == target or fnmatchcase(matrix.name, target)
 
 
-def check_masks(view: ModelView, masks: Mapping[str, Tensor]) -> None:
-    """Each mask has its matrix's shape, and the matrix is zero there.
-
-    Raises:
-        UsageError: naming the first that does not fit.
-    """
-    matrices = {m.name: m for m in view.matrices()}
-    for name in masks:
-        if name not in matrices:
+def _refuse_unfit(model: nn.Module, matrix: Matrix) -> None:
+    if matrix.index is not None:
+        raise UsageError(
+            "a slice of fused experts is no layer that could carry an adapter",
+            field="targets",
+            value=matrix.name,
+            fix="name the attention's matrices (q, k, v, o)",
+        )
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is matrix.stored and name != matrix.key:
             raise UsageError(
-                view.excluded.get(name, "the model has no matrix of that name"),
-                field="masks",
-                value=name,
-                fix="give the masks of the run that pruned this model",
-            )
-        gone, weight = masks[name], matrices[name].tensor()
-        if gone.dtype is not torch.bool or gone.shape != weight.shape:
-            raise UsageError(
-                f"is {gone.dtype} {tuple(gone.shape)}, the matrix {tuple(weight.shape)}",
-                field="masks",
-                value=name,
-                fix="a mask is bool, of the matrix's shape as (d_out, d_in)",
-            )
-        alive = int(weight[gone.to(weight.device)].count_nonzero())
-        if alive:
-            raise UsageError(
-                f"{alive} weights its mask calls gone are not zero",
-                field="masks",
-                value=name,
-                fix="give the masks of the run that pruned this model",
+                f"shares its weight with '{name}', which merging would change too",
+                field="head" if name.endswith("embed_tokens.weight") else "targets",
+                value=matrix.name,
+                fix="untie them first (secateur.models.head.untie_head(model)), or leave it out",
             )
