@@ -95,6 +95,8 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         subsets, self.kind = parts(self.train)
+        if self.kind is not None:
+            self._options(0)  # refused now rather than at the first block
         self.subsets = [name for name in subsets if name != "head"]
         if not self.subsets and self.kind is None:
             raise UsageError(
@@ -122,6 +124,13 @@ class Reconstruction:
                 field="train",
                 value=list(self.train),
                 fix="an adapter, biases or all; or unit: block",
+            )
+        if self.unit == "matrix" and self.targets == "dense":
+            raise UsageError(
+                "a single matrix is fitted to the dense matrix on the inputs it now sees",
+                field="targets",
+                value="dense",
+                fix="unit: block, or targets: pruned",
             )
         self._same_blocks()
 
@@ -366,7 +375,7 @@ class Reconstruction:
         return named
 
     def _options(self, index: int) -> AdapterOptions:
-        options = AdapterOptions(cast(Kind, self.kind), **dict(self.adapter))
+        options = AdapterOptions.of(cast(Kind, self.kind), self.adapter)
         return replace(options, seed=options.seed + index, head=False)
 
     def _fit(
