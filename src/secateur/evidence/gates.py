@@ -241,7 +241,9 @@ def _kind(name: str, paired: bool) -> Kind:
 def _units(name: str, attention: nn.Module, config: Any) -> int:
     """Key-value groups of one attention layer (its heads, where none share a key)."""
     own = [attention, *(m for m in attention.modules() if m is not attention)]
-    heads = next((v for m in own for key in _HEADS if isinstance(v := getattr(m, key, None), int)), 0)
+    heads = next(
+        (v for m in own for key in _HEADS if isinstance(v := getattr(m, key, None), int)), 0
+    )
     heads = heads or int(getattr(config, "num_attention_heads", 0) or 0)
     shared = getattr(attention, "num_key_value_groups", None) or 1
     if heads < 1 or heads % shared:

@@ -52,7 +52,7 @@ def _parameters(blocks: list[Block]) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _accumulating(
+def accumulating(
     parameters: dict[str, nn.Parameter], sums: dict[str, GradientMoments]
 ) -> Iterator[None]:
     """While active, backward feeds ``sums`` and leaves no gradient behind."""
@@ -97,7 +97,7 @@ def direct_gradients(
     sums = {key: GradientMoments(norms) for key in parameters}
     with (
         evaluating(view.model),
-        _accumulating(parameters, sums),
+        accumulating(parameters, sums),
         progress.stage("gradients", total=len(ids), unit="sequences") as advance,
     ):
         for n in range(len(ids)):
@@ -156,7 +156,7 @@ def gradients_by_block(
                 with replay.resident(block):
                     chosen = parameters(block)
                     sums = {key: GradientMoments(norms) for key in chosen}
-                    with _accumulating(chosen, sums), torch.enable_grad():
+                    with accumulating(chosen, sums), torch.enable_grad():
                         for i, b in enumerate(batch):
                             x = inputs[block.index][i].detach().requires_grad_(True)
                             replay.run(block, b, x).backward(upstream[i])
