@@ -81,7 +81,10 @@ class Recipe(_Part):
     quality: Quality | None = Field(
         None, description="a preset that fills in method, update and granularity"
     )
-    allocation: str = Field("uniform", description="'uniform', 'global', or a saved plan.json")
+    allocation: str | dict[str, Any] = Field(
+        "uniform",
+        description="see 'secateur allocators': a name, {name: ..., its options}, or a plan.json",
+    )
     include: list[str] = Field(
         default_factory=list, description="only matrices matching these globs"
     )
@@ -117,6 +120,20 @@ class Recipe(_Part):
     def _scope_is_readable(cls, value: str | None) -> str | None:
         return None if value is None else str(Scope.parse(value))
 
+    @field_validator("allocation")
+    @classmethod
+    def _allocation_has_a_name(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value.get("name"), str):
+            raise UsageError(
+                "an allocation with options has a name",
+                field="allocation",
+                value=value,
+                fix="e.g. {name: als, mu: row}",
+            )
+        return value if len(value) > 1 else str(value["name"])
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_quality(cls, data: Any) -> Any:
@@ -139,10 +156,6 @@ class Recipe(_Part):
                 value=self.scope,
                 fix="drop --scope, or give the sparsity as a number",
             )
-        if target.is_pattern and self.allocation == "global":
-            raise UsageError(
-                "an N:M pattern is the same everywhere", field="allocation", value="global"
-            )
         if self.propagate == "dense" and self.granularity == "true_sequential":
             raise UsageError(
                 "true_sequential re-runs the pruned block, so it cannot propagate the dense one",
@@ -158,6 +171,13 @@ class Recipe(_Part):
                 fix="use propagate: pruned",
             )
         return self
+
+    @property
+    def allocator(self) -> tuple[str, dict[str, Any]]:
+        """Name (or path of a plan) and options of the allocation."""
+        if isinstance(self.allocation, str):
+            return self.allocation, {}
+        return self.allocation["name"], {k: v for k, v in self.allocation.items() if k != "name"}
 
     @property
     def target(self) -> Target:
@@ -207,7 +227,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _readable(error: ValidationError) -> UsageError:
     first = error.errors()[0]
-    path = [str(p) for p in first["loc"] if p not in ("float", "str")]
+    path = [str(p) for p in first["loc"] if p not in ("float", "str", "dict[str,any]")]
     field = ".".join(path) or "recipe"
     if first["type"] == "extra_forbidden":
         part: type[_Part] = Recipe

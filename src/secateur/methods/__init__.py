@@ -1,9 +1,9 @@
 """One paper, one file. ``methods[name]`` is the class; ``secateur methods`` lists them all."""
 
-from secateur.methods.base import Decision, Method, Need
+from secateur.methods.base import Decision, Described, Method, Need
 from secateur.registry import Registry
 
-methods: Registry[type[Method]] = Registry(
+methods: Registry[type[Described]] = Registry(
     "method",
     {
         "magnitude": "secateur.methods.magnitude:Magnitude",
@@ -17,4 +17,4 @@ methods: Registry[type[Method]] = Registry(
     group="secateur.methods",
 )
 
-__all__ = ["Decision", "Method", "Need", "methods"]
+__all__ = ["Decision", "Described", "Method", "Need", "methods"]

@@ -104,9 +104,7 @@ def execute(
             folder.save_recipe(recipe)
             folder.event("started", model=session.loaded.name, target=str(recipe.target))
         stack.enter_context(evaluating(session.loaded.model))
-        plan = make_plan(session, evidence or (folder.inner / "evidence" if folder else None))
-        if folder is not None:
-            folder.save("plan.json", plan.record())
+        plan = planned(session, folder, evidence)
         # The dense model is measured now; what is returned measures the pruned one later.
         quality = measure_quality(session, folder)
         results = prune_blocks(session, plan, folder, evidence)
@@ -142,6 +140,18 @@ def execute(
     return Result(model, session.loaded.tokenizer, masks, report, out)
 
 
+def planned(session: Session, folder: RunFolder | None, evidence: Path | None) -> Plan:
+    """The plan this folder has already, or one made now and kept in it."""
+    record = folder.read("plan.json") if folder is not None and session.ranks.leads else None
+    if session.ranks.spread(0, record is not None):
+        return session.ranks.spread(0, None if record is None else Plan.of_record(record))
+    with session.timed("allocation"):
+        plan = make_plan(session, evidence or (folder.inner / "evidence" if folder else None))
+    if folder is not None:
+        folder.save("plan.json", plan.record())
+    return plan
+
+
 def _proven(session: Session, folder: RunFolder) -> dict[str, Any]:
     """The folder re-opened and compared; one that does not hold must not look like a model."""
     try:
@@ -163,10 +173,12 @@ def prune_blocks(
     root = evidence or (folder.inner / "evidence" if folder else None)
     with session.timed("gradients"):
         gradients = gather_gradients(session, root)
-    replay = None if session.calibration is None else session.replay(session.calibration)
+    # Windows may have been drawn for the allocator alone.
+    windows = session.calibration if session.needs else None
+    replay = None if windows is None else session.replay(windows)
     engine = Engine(
         view=session.view,
-        method=session.method,
+        method=session.ranker,
         plan=plan,
         scope=session.scope,
         update=session.update,
@@ -177,7 +189,7 @@ def prune_blocks(
         store=dense_store(session, evidence),
         ranks=session.ranks,
         stored=session.loaded.stored if folder is not None else None,
-        sequences=0 if session.calibration is None else len(session.calibration),
+        sequences=0 if windows is None else len(windows),
         reference=list(replay.hidden)
         if replay is not None and session.recipe.reconstruct == "dense"
         else None,
