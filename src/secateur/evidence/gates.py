@@ -25,6 +25,7 @@ from secateur.errors import NumericsError, UsageError
 from secateur.evidence.objectives import Batch, Objective
 from secateur.evidence.statistics import all_finite
 from secateur.models.state import evaluating
+from secateur.models.units import Gqa, Group, units_of
 from secateur.progress import SILENT, Progress
 
 Kind = Literal["self", "encoder", "decoder", "cross"]
@@ -183,74 +184,45 @@ def _watching(sites: Sequence[GateSite]) -> Iterator[dict[str, list[Tensor]]]:
 
 # -- where the gates are -----------------------------------------------------------------------
 
-_PROJECTIONS = (
-    "o_proj",
-    "out_proj",
-    "out_lin",
-    "attn.c_proj",
-    "attention.dense",
-    "self_attention.dense",
-    "self_attn.dense",
-    "attention.output.dense",
-    "crossattention.output.dense",
-    "SelfAttention.o",
-    "EncDecAttention.o",
-)
-_CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
-_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 
-
-def gate_sites(model: nn.Module) -> list[GateSite]:
+def gate_sites(model: nn.Module, gqa: Gqa | None = None) -> list[GateSite]:
     """Every attention layer of a transformer, in the order of its modules.
 
-    Decoders, encoders of the BERT kind, and encoder-decoders. With grouped-query attention
-    the units are key-value groups.
+    Decoders, encoders of the BERT kind, and encoder-decoders.
+
+    Args:
+        gqa: what a unit is where heads share keys: ``groups`` (with their keys), or single
+            query heads (``even``, ``duplicate``). None: groups, but query heads where one
+            key serves them all.
 
     Raises:
-        UsageError: no attention layer is found, or one whose heads cannot be counted.
+        UsageError: no attention layer is found.
     """
-    config = getattr(model, "config", None)
-    paired = bool(getattr(config, "is_encoder_decoder", False))
+    return sites_of(model, head_groups(model, gqa))
+
+
+def head_groups(model: nn.Module, gqa: Gqa | None = None) -> list[Group]:
+    """The groups of heads behind ``gate_sites``."""
+    try:
+        return list(units_of(model, ("head",), gqa or "groups"))
+    except UsageError as error:
+        if gqa is None and error.field == "gqa":
+            return list(units_of(model, ("head",), "even"))
+        raise
+
+
+def sites_of(model: nn.Module, groups: Iterable[Group]) -> list[GateSite]:
+    """The gates of groups of heads; groups of other kinds have none and are left out."""
+    paired = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     out = []
-    for name, module in model.named_modules():
-        if not any(name == p or name.endswith("." + p) for p in _PROJECTIONS):
+    for group in groups:
+        if group.kind not in ("head", "kv_group"):
             continue
-        if not isinstance(getattr(module, "weight", None), Tensor):
-            continue
-        parent = name.rpartition(".")[0].removesuffix(".output")
-        attention = model.get_submodule(parent)
-        out.append(GateSite(parent, module, _units(parent, attention, config), _kind(name, paired)))
-    if not out:
-        raise UsageError(
-            "no attention layer was found",
-            field="model",
-            value=type(model).__name__,
-            fix="give the sites yourself: secateur.evidence.gates.GateSite",
-        )
+        name = group.reads()[0].parameter.removesuffix(".weight")
+        kind: Kind = "self"
+        if group.attention == "cross":
+            kind = "cross"
+        elif paired:
+            kind = "encoder" if group.stack == "encoder" else "decoder"
+        out.append(GateSite(group.key, model.get_submodule(name), group.n_units, kind))
     return out
-
-
-def _kind(name: str, paired: bool) -> Kind:
-    if any(mark in name for mark in _CROSS):
-        return "cross"
-    if not paired:
-        return "self"
-    return "encoder" if "encoder" in name.split(".") else "decoder"
-
-
-def _units(name: str, attention: nn.Module, config: Any) -> int:
-    """Key-value groups of one attention layer (its heads, where none share a key)."""
-    own = [attention, *(m for m in attention.modules() if m is not attention)]
-    heads = next(
-        (v for m in own for key in _HEADS if isinstance(v := getattr(m, key, None), int)), 0
-    )
-    heads = heads or int(getattr(config, "num_attention_heads", 0) or 0)
-    shared = getattr(attention, "num_key_value_groups", None) or 1
-    if heads < 1 or heads % shared:
-        raise UsageError(
-            f"the heads of '{name}' cannot be counted",
-            field="model",
-            value=type(attention).__name__,
-            fix="give the sites yourself: secateur.evidence.gates.GateSite",
-        )
-    return heads // shared

@@ -106,12 +106,27 @@ def feature_probe(seed: int = 0) -> Objective:
 def pooled_features(model: nn.Module, batch: Batch) -> Tensor:
     """Mean over real tokens of the last hidden states, (B, d)."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    hidden: Tensor = model(**inputs).last_hidden_state
+    hidden: Tensor = getattr(model, "base_model", model)(**inputs).last_hidden_state
     mask = batch.get("attention_mask")
     if mask is None:
         return hidden.mean(1)
     weight = mask.to(hidden).unsqueeze(-1)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def objective_for(model: nn.Module, batch: Batch) -> Objective:
+    """The objective a model and its data suggest.
+
+    An encoder-decoder: ``sequence_to_sequence``; labels of one class a sample:
+    ``classification``; a causal language model: ``language_model``; any other encoder:
+    ``feature_probe``.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return sequence_to_sequence
+    if "labels" in batch:
+        return classification
+    causal = type(model).__name__.endswith(("CausalLM", "LMHeadModel"))
+    return language_model if causal else feature_probe()
 
 
 def _content_key(batch: Batch, row: int) -> int:

@@ -6,7 +6,7 @@ here it is applied to a model's groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.errors import UsageError
 from secateur.evidence.gradients import gradients_by_block
 from secateur.evidence.group_gradients import direct_sums
-from secateur.evidence.objectives import language_model
+from secateur.evidence.objectives import Batch, Objective, language_model
 from secateur.evidence.replay import Replay
 from secateur.evidence.statistics import GradientMoments
 from secateur.methods.base import one_of
@@ -33,6 +33,7 @@ from secateur.methods.group_importance import (
 from secateur.methods.structured_base import ScoreJob, StructuredMethod
 from secateur.models.anatomy import Block, ModelView
 from secateur.models.units import Group, Slice, parameters_of
+from secateur.progress import SILENT, Progress
 
 Sums = Mapping[str, GradientMoments]
 
@@ -167,15 +168,8 @@ class LLMPruner(StructuredMethod):
         return found
 
     def _whole(self, job: ScoreJob, groups: list[Group]) -> dict[str, Tensor]:
-        device = next(job.model.parameters()).device
-
-        def batches() -> Iterable[dict[str, Tensor]]:
-            for ids, mask in job.batches():
-                extra = {} if mask is None else {"attention_mask": mask.long().to(device)}
-                yield {"input_ids": ids.to(device), **extra}
-
         return importances(
-            job.model, groups, batches(), language_model, method=self, progress=job.progress
+            job.model, groups, job.samples(), language_model, method=self, progress=job.progress
         )
 
     def unit_importance(self, group: Group, parameters: Mapping[str, Tensor], sums: Sums) -> Tensor:
@@ -220,11 +214,11 @@ class LLMPruner(StructuredMethod):
 def importances(
     model: nn.Module,
     groups: Iterable[Group],
-    batches: Iterable[Mapping[str, Tensor]],
-    objective: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    batches: Iterable[Batch],
+    objective: Objective,
     *,
     method: LLMPruner | None = None,
-    **settings: object,
+    progress: Progress = SILENT,
 ) -> dict[str, Tensor]:
     """Importance of every unit of any model under any objective, (n_units,) by group key.
 
@@ -248,7 +242,7 @@ def importances(
         batches,
         objective,
         NORMS[method.criterion],
-        **settings,  # type: ignore[arg-type]
+        progress=progress,
     )
     return {g.key: method.unit_importance(g, parameters, sums) for g in groups}
 
