@@ -43,6 +43,8 @@ from secateur.training.subsets import choose
 if TYPE_CHECKING:
     from secateur.training.recoveries import Task
 
+SAMPLES = 128
+"""Windows gone round in every block, as PERP's code has it."""
 UNITS = ("block", "matrix")
 STREAMS = ("pruned", "dense")
 
@@ -461,6 +463,12 @@ def recover(task: Task) -> dict[str, Any]:
             field="teacher",
             fix="give the run's folder, or --teacher MODEL",
         )
+    how = dict(task.reconstruction)
+    samples = int(how.pop("samples", SAMPLES))
+    data, mask = task.data, task.data.mask
+    if len(data) > samples:
+        rows = slice(0, samples)  # they come in a drawn order already
+        data = Windows(data.ids[rows], None if mask is None else mask[rows], data.record)
     return Reconstruction(
         task.view,
         task.masks,
@@ -471,4 +479,5 @@ def recover(task: Task) -> dict[str, Any]:
         folder=task.folder,
         identity=task.identity,
         progress=task.progress,
-    ).run(task.data)
+        **how,
+    ).run(data)
