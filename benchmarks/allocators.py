@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import RESULTS, arguments, finish
+from benchmarks.stories import CACHE, sampled_windows, stories_folder
 from secateur.allocation import Plan, allocators
 from secateur.data.windows import Windows
 from secateur.evaluation.perplexity import fidelity
@@ -81,24 +82,13 @@ class Cells:
 
 def stories(cells: Cells) -> None:
     """All allocators on stories260k."""
-    loaded = load(str(DATA / "stories260k"), dtype="float32")
-    texts = {seed: own_text(loaded.model, seed, 32) for seed in (0, 1, 2)}
-    held_out = Windows(own_text(loaded.model, 1000, 48))
+    loaded = load(str(stories_folder()), dtype="float32")
+    texts = {seed: sampled_windows(32, seed) for seed in (0, 1, 2)}
+    held_out = Windows(sampled_windows(48, 1000))
     for seed, ids in texts.items():
         for method in METHODS:
             for sparsity in (0.5, 0.6, 0.7):
                 measure(cells, loaded, ids, held_out, method, sparsity, seed, tuple(VARIANTS))
-
-
-def own_text(model: Any, seed: int, count: int) -> Tensor:
-    """(count, 256) tokens the model wrote itself."""
-    torch.manual_seed(seed)
-    start = torch.full((count, 1), int(model.config.bos_token_id or 1))
-    written = model.generate(
-        start, do_sample=True, top_k=0, max_new_tokens=255, min_new_tokens=255, pad_token_id=0
-    )
-    ids: Tensor = written
-    return ids
 
 
 def measure(
@@ -172,7 +162,7 @@ def smollm(cells: Cells) -> None:
     session = prepare(base)
     windows = session.evaluation
     assert windows is not None
-    root = RESULTS.parent / ".cache" / "allocators-smollm"
+    root = CACHE / "allocators-smollm"
     plans = root / "plans"
     with evaluating(session.loaded.model):
         dense = session.states(windows).compute()

@@ -75,7 +75,9 @@ def test_normalising():
     x = 3 + 2 * torch.randn(50, 4)
     assert torch.equal(normalised(x, "none"), x)
     assert float(normalised(x, "centre").mean(0).abs().max()) < 1e-5
-    assert normalised(x, "standardise").square().mean(0).tolist() == pytest.approx([1] * 4, abs=1e-4)
+    assert normalised(x, "standardise").square().mean(0).tolist() == pytest.approx(
+        [1] * 4, abs=1e-4
+    )
 
 
 def test_identity_blocks_are_the_most_redundant_and_give_most():
