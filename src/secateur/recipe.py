@@ -111,6 +111,15 @@ class Recovery(_Part):
     init: Literal["broken", "ones"] = Field(
         "broken", description="how scale-lora starts; 'ones' as published"
     )
+    samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
+    unit: Literal["block", "matrix"] = Field(
+        "block", description="what reconstruct trains at a time"
+    )
+    targets: Literal["pruned", "dense"] = Field(
+        "pruned",
+        description="reconstruct's wanted outputs: the dense block's on what the pruned one sees, "
+        "or the dense model's own",
+    )
     add_biases: bool = Field(False, description="give linears biases where they have none")
     distil: float = Field(
         0.0, ge=0, le=1, description="share of the loss that is the divergence from the dense model"
