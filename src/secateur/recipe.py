@@ -95,6 +95,91 @@ class Structure(_Part):
     at_least: int = Field(1, ge=1, description="units that stay in every group")
 
 
+class Search(_Part):
+    """The text an allocator that searches tries its plans on."""
+
+    text: str | None = Field(
+        None, description="file or named corpus, never evaluated on; null: the calibration's"
+    )
+    samples: int = Field(16, ge=1, description="sequences a plan is judged on")
+    length: int | None = Field(
+        None, ge=2, description="tokens in each; null: the calibration's, or 512"
+    )
+    seed: int = Field(1, ge=0, description="which windows of the text are drawn")
+    fitness: Literal["kl", "perplexity"] = Field(
+        "kl", description="KL divergence from the dense model's predictions, or perplexity"
+    )
+
+
+class Recovery(_Part):
+    """Training after the cut, with the mask kept."""
+
+    method: str = Field(
+        "perp", description="perp, full, imp, reconstruct, or an adapter such as mask-lora"
+    )
+    train: list[str] | None = Field(
+        None,
+        description="any of biases, norms, head, rescale, all and one adapter (mask-lora ...); "
+        "null: the biases and norms there are",
+    )
+    steps: int = Field(100, ge=1, description="optimizer steps (reconstruct: for each block)")
+    lr: float | None = Field(None, gt=0, description="highest learning rate; null: the method's")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="how the rate falls"
+    )
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which it rises")
+    batch: int = Field(4, ge=1, description="windows in a step, over all processes")
+    micro_batch: int | None = Field(None, ge=1, description="windows in a forward; null: all")
+    length: int | None = Field(
+        None, ge=2, description="tokens in a window; null: 512, or the positions"
+    )
+    text: str = Field("pydoc", description="file or named corpus to train on")
+    seed: int = Field(0, ge=0, description="order of the windows, start of the adapters")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of a gradient; null: any")
+    rank: int = Field(16, ge=1, description="of adapters")
+    alpha: float = Field(32.0, gt=0, description="adapters are multiplied by alpha / rank")
+    init: Literal["broken", "ones"] = Field(
+        "broken", description="how scale-lora starts; 'ones' as published"
+    )
+    samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
+    unit: Literal["block", "matrix"] = Field(
+        "block", description="what reconstruct trains at a time"
+    )
+    targets: Literal["pruned", "dense"] = Field(
+        "pruned",
+        description="reconstruct's wanted outputs: the dense block's on what the pruned one sees, "
+        "or the dense model's own",
+    )
+    add_biases: bool = Field(False, description="give linears biases where they have none")
+    distil: float = Field(
+        0.0, ge=0, le=1, description="share of the loss that is the divergence from the dense model"
+    )
+    temperature: float = Field(2.0, gt=0, description="of that divergence")
+    cycles: int | None = Field(
+        None, ge=1, description="rounds of pruning and retraining; null: 3 for imp, else 1"
+    )
+    cycle_schedule: Literal["geometric", "cubic"] = Field(
+        "geometric", description="how much is gone after each round"
+    )
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many looks at held-out windows without a gain"
+    )
+    validate_every: int = Field(50, ge=1, description="steps between such looks")
+    precision: Literal["auto", "no", "bf16"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it"
+    )
+    checkpointing: bool = Field(
+        False, description="compute activations again in backward: less memory, more time"
+    )
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of pruning and retraining."""
+        return self.cycles or (3 if self.method == "imp" else 1)
+
+
 class Recipe(_Part):
     """One run, from model to report."""
 
@@ -125,6 +210,7 @@ class Recipe(_Part):
         None, description="path of the list of blocks, if not found by itself"
     )
     calibration: Calibration = Calibration()
+    search: Search = Search()
     propagate: Literal["pruned", "dense"] = Field(
         "pruned", description="what later blocks are calibrated on"
     )
@@ -135,6 +221,7 @@ class Recipe(_Part):
         "block",
         description="what survivors are fitted to: the block's own outputs, or the dense model's",
     )
+    recovery: Recovery | None = Field(None, description="training after the cut; null: none")
     evaluation: Evaluation | None = Evaluation()
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     dtype: str = Field("auto", description="auto: float32 on CPU, the checkpoint's own on a GPU")
@@ -252,6 +339,8 @@ _PARTS: dict[str, type[_Part]] = {
     "calibration": Calibration,
     "evaluation": Evaluation,
     "structure": Structure,
+    "search": Search,
+    "recovery": Recovery,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +32,11 @@ from secateur.run.checkpoint import Checkpoint
 from secateur.run.engine import BlockResult, Engine
 from secateur.run.evidence import gather_gradients
 from secateur.run.finish import finish_checkpoint, verify_zeros
-from secateur.run.folder import RunFolder, writable
+from secateur.run.folder import RECOVERED, RunFolder, writable
 from secateur.run.measure import measure_quality, measure_size, measure_speed
 from secateur.run.planning import make_plan
+from secateur.run.recovered import earlier_cycles, recover, recoverer_of
+from secateur.run.recovery import Recoverer
 from secateur.run.results import assemble, publish
 from secateur.run.session import Session, identity, prepare
 from secateur.run.verifying import reopen
@@ -109,6 +111,7 @@ def execute(
             "a streamed model is written as it is pruned", field="out", fix="--out DIR"
         )
     session = prepare(recipe, loaded, calibration, progress)
+    recoverer = recoverer_of(session, owned=loaded is None)
     with ExitStack() as stack:
         folder = None
         if out is not None:
@@ -123,9 +126,17 @@ def execute(
         plan = planned(session, folder, evidence)
         # The dense model is measured now; what is returned measures the pruned one later.
         quality = measure_quality(session, folder)
+        recovered = folder is not None and folder.read(RECOVERED) is not None
+        if recoverer is not None and not recovered:
+            for cycle, earlier in enumerate(earlier_cycles(session)):
+                cut = prune_blocks(earlier, make_plan(earlier))
+                recover(session, recoverer, JoinedMasks(r.masks for r in cut), folder, cycle)
         results = prune_blocks(session, plan, folder, evidence)
-        peak = peak_memory()
         masks: Mapping[str, Tensor] = JoinedMasks(result.masks for result in results)
+        recovery = None
+        if recoverer is not None:
+            recovery = recover_and_compare(session, recoverer, masks, folder, quality)
+        peak = peak_memory()
         if not session.ranks.leads:
             session.ranks.barrier()
             return Result(session.loaded.model, session.loaded.tokenizer, masks, {}, out)
@@ -147,6 +158,7 @@ def execute(
             memory_peak=peak,
             reopened=reopened,
         )
+        report["recovery"] = recovery
         if folder is not None:
             publish(report, folder)
             folder.event("finished", delivered=report["totals"]["delivered"])
@@ -154,6 +166,26 @@ def execute(
         session.ranks.barrier()
     model = None if session.loaded.streamed is not None else session.loaded.model
     return Result(model, session.loaded.tokenizer, masks, report, out)
+
+
+def recover_and_compare(
+    session: Session,
+    recoverer: Recoverer,
+    masks: Mapping[str, Tensor],
+    folder: RunFolder | None,
+    quality: Callable[[], dict[str, Any] | None],
+) -> dict[str, Any]:
+    """Recover the cut model; the record says what its quality was before."""
+    name = "recovery-before.json"
+    before = None if folder is None else folder.read(name)
+    done = folder is not None and folder.read(RECOVERED) is not None
+    if before is None and not done and session.ranks.leads:
+        before = quality()
+        if folder is not None and before is not None:
+            folder.save(name, before)
+    with session.timed("recovery"):
+        record = recover(session, recoverer, masks, folder)
+    return {**record, "before": before}
 
 
 def planned(session: Session, folder: RunFolder | None, evidence: Path | None) -> Plan:

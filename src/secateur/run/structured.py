@@ -132,6 +132,13 @@ def _refuse(recipe: Recipe) -> None:
                 value=getattr(recipe, field),
                 fix=f"leave {field} out; what may be set is under 'structure' and in --option",
             )
+    if recipe.recovery is not None:
+        raise UsageError(
+            "training follows in a run of its own",
+            field="recovery",
+            value=recipe.recovery.method,
+            fix="leave recovery out, and train the folder that this run writes",
+        )
     for field in ("include", "exclude"):
         if getattr(recipe, field):
             raise UsageError(
