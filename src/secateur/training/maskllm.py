@@ -40,11 +40,10 @@ ENUMERATED = 70
 
 
 @dataclass(frozen=True)
-class MaskLLM:
+class Learning:
     """How masks are learned; the defaults are the published ones.
 
     Attributes:
-        prior: the one-shot method whose mask is started from, ``none``, or a mask file.
         alpha: how much the prior counts.
         init_std: spread of the first logits.
         kappa: scale of the logits, at the start and at the end.
@@ -54,7 +53,6 @@ class MaskLLM:
         seed: of the first logits and of the noise.
     """
 
-    prior: str = "sparsegpt"
     alpha: float = 3.0
     init_std: float = 0.01
     kappa: tuple[float, float] = (100.0, 500.0)
@@ -160,6 +158,8 @@ class Gated(nn.Module):
         self.base_layer, self.mix, self.transposed = base_layer, mix, transposed
         self.mask_logits = nn.Parameter(logits)
         self.draw: Draw | None = None
+        self.open = False
+        """True: compute with the dense weight, for a teacher that costs no second model."""
         self.square: Tensor | None = None
         """Sum of squares of the masked weight of the last forward, for the regularisation."""
 
@@ -175,6 +175,8 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output under the drawn, or else the most likely, mask."""
+        if self.open:
+            return self.base_layer(x)  # type: ignore[no-any-return]
         bias: Any = getattr(self.base_layer, "bias", None)
         if self.draw is None:
             weight = self.dense().masked_fill(self.mask(), 0).to(x.dtype)
@@ -202,39 +204,42 @@ class LearnedMasks(Hook):
     """
 
     model: nn.Module
-    options: MaskLLM
-    keep: int
-    group: int
+    options: Learning
     modules: dict[str, Gated] = field(default_factory=dict)
     start: dict[str, Tensor] = field(default_factory=dict)
-    """The mask each matrix started from, as pattern choice of the first logits."""
+    """The mask each matrix started from: its prior, or else the first logits' choice."""
     moved: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, share of groups whose mask changed, share of the mixture on the weights it keeps)."""
     _micro: tuple[int, int] = (-1, 0)
+    _weight: float = 0.0
+    _trained: list[nn.Parameter] = field(default_factory=list)
 
     @classmethod
     def attach(
         cls,
         view: ModelView,
-        keep: int,
-        group: int,
-        options: MaskLLM,
+        patterns: Mapping[str, tuple[int, int]],
+        options: Learning,
         prior: Mapping[str, Tensor] | None = None,
     ) -> LearnedMasks:
-        """Put logits on every matrix of ``view`` and freeze all else.
+        """Put logits on the matrices of ``view`` and freeze all else.
+
+        Slices of fused experts are no layers of their own and are left out.
 
         Args:
+            patterns: matrix name -> (N, M).
             prior: matrix name -> (d_out, d_in) bool, True = pruned; None or missing: no prior.
 
         Raises:
             UsageError: M does not divide a matrix's inputs; no matrix can carry a mask.
         """
-        masks = cls(view.model, options, keep, group)
-        mix = options.mixture(keep, group)
+        masks = cls(view.model, options)
+        masks._trained = [p for p in view.model.parameters() if p.requires_grad]
         view.model.requires_grad_(False)
         generator = torch.Generator().manual_seed(options.seed)
         for matrix in view.matrices():
             if matrix.index is None and is_linear(matrix.module):
+                mix = options.mixture(*patterns[matrix.name])
                 given = None if prior is None else prior.get(matrix.name)
                 masks._put(matrix, mix, first_logits(matrix, mix, options, given, generator))
         if not masks.modules:
@@ -243,7 +248,10 @@ class LearnedMasks(Hook):
                 field="method",
                 value="maskllm",
             )
-        masks.start = {name: module.mask().cpu() for name, module in masks.modules.items()}
+        given = prior or {}
+        masks.start = {
+            n: given[n] if n in given else m.mask().cpu() for n, m in masks.modules.items()
+        }
         return masks
 
     def _put(self, matrix: Matrix, mix: CandidateMix | SoftTop, logits: Tensor) -> None:
@@ -260,6 +268,8 @@ class LearnedMasks(Hook):
             parent, _, leaf = name.rpartition(".")
             self.model.get_submodule(parent)._modules[leaf] = module.base_layer
         self.modules = {}
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
         return masks
 
     def __enter__(self) -> LearnedMasks:
@@ -279,8 +289,6 @@ class LearnedMasks(Hook):
             return value - self._weight * torch.stack(squares).sum().to(value.device)
 
         return regularised
-
-    _weight: float = 0.0
 
     def before_forward(self, at: Training) -> None:
         """See ``Hook``: a new draw for every forward, of every process, of every layer."""
@@ -326,28 +334,52 @@ class LearnedMasks(Hook):
             for module, draw in zip(self.modules.values(), draws, strict=True):
                 module.draw = draw
 
+    def teacher(self) -> nn.Module:
+        """The dense model as a module, made of the very same weights with the masks lifted."""
+        return _Lifted(self)
+
     @torch.no_grad()
     def movement(self, done: float) -> tuple[float, float]:
         """(share of groups whose mask is not the first one, share of the mixture on kept weights).
 
         The second is 1 when the mixture is as good as the mask that will be taken from it.
         """
-        changed = groups = 0
+        changed = groups = kept_weights = 0
         settled = 0.0
         draw = self.options.draw(done, None)
         for name, module in self.modules.items():
             mask = module.mask()
-            differs = (mask.cpu() != self.start[name]).view(-1, self.group).any(-1)
+            differs = (mask.cpu() != self.start[name]).view(-1, module.mix.group).any(-1)
             changed, groups = changed + int(differs.sum()), groups + differs.numel()
-            kept = (~mask).float().view(-1, self.group)
+            kept = (~mask).float().view(-1, module.mix.group)
+            kept_weights += differs.numel() * module.mix.keep
             settled += float(module.mix.masked(kept, module.mask_logits.detach(), draw).sum())
-        return changed / groups, settled / (groups * self.keep)
+        return changed / groups, settled / kept_weights
+
+
+class _Lifted(nn.Module):
+    """The model without its masks; holds no parameters of its own."""
+
+    def __init__(self, masks: LearnedMasks) -> None:
+        super().__init__()
+        object.__setattr__(self, "_masks", masks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The dense model's output."""
+        masks: Any = self._masks
+        for module in masks.modules.values():
+            module.open = True
+        try:
+            return masks.model(*args, **kwargs)
+        finally:
+            for module in masks.modules.values():
+                module.open = False
 
 
 def first_logits(
     matrix: Matrix,
     mix: CandidateMix | SoftTop,
-    options: MaskLLM,
+    options: Learning,
     prior: Tensor | None,
     generator: torch.Generator,
 ) -> Tensor:
@@ -368,7 +400,7 @@ def first_logits(
         raise UsageError(
             f"the prior of '{matrix.name}' is {tuple(prior.shape)}, not {matrix.shape}",
             field="prior",
-            value=options.prior,
+            value=tuple(prior.shape),
             fix="a mask of this model",
         )
     shape = (rows * columns // mix.group, mix.logits_per_group)
@@ -378,7 +410,7 @@ def first_logits(
     return logits
 
 
-def bytes_per_weight(keep: int, group: int, options: MaskLLM, optimizer: str = "adamw") -> float:
+def bytes_per_weight(keep: int, group: int, options: Learning, optimizer: str = "adamw") -> float:
     """Bytes that learning takes for each masked weight, beyond the frozen model's.
 
     Logits, their gradient, and the optimizer's two moments (one for ``sgd``), in float32;
