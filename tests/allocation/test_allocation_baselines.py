@@ -154,7 +154,7 @@ def test_global_removes_the_smallest_of_all():
         assert plan.counts[name] == int((weight.abs() < threshold).sum())
 
 
-@pytest.mark.parametrize("kind", [ER, ERK, LAMP])
+@pytest.mark.parametrize("kind", [ER, ERK, LAMP, Global])
 def test_what_was_made_for_vision_warns_on_high_sparsity(kind):
     quiet, warned = problem("0.5"), problem("0.7")
     kind().plan(quiet)
