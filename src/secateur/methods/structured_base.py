@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secateur.data.windows import Windows
 from secateur.evidence.statistics import InputMoments
-from secateur.methods.base import Described
+from secateur.methods.base import Described, Need
 from secateur.models.units import Group
 from secateur.progress import SILENT, Progress
 
@@ -124,6 +124,10 @@ class StructuredMethod(Described):
     kinds: ClassVar[frozenset[str]] = frozenset({"head", "kv_group", "ffn", "stem", "layer"})
     """Kinds of units it can rank."""
     needs_data: ClassVar[bool] = True
+
+    def requirements(self) -> frozenset[Need]:
+        """Calibration data, if the method looks at any."""
+        return frozenset({Need.INPUTS}) if self.needs_data else frozenset()
 
     @property
     def rounds(self) -> int:
