@@ -143,14 +143,18 @@ class Recovery(_Part):
     init: Literal["broken", "ones"] = Field(
         "broken", description="how scale-lora starts; 'ones' as published"
     )
+    targets: list[str] = Field(
+        default_factory=list, description="adapters only on these roles or names; none: all"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of adapters")
     samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
     unit: Literal["block", "matrix"] = Field(
         "block", description="what reconstruct trains at a time"
     )
-    targets: Literal["pruned", "dense"] = Field(
+    stream: Literal["pruned", "dense"] = Field(
         "pruned",
-        description="reconstruct's wanted outputs: the dense block's on what the pruned one sees, "
-        "or the dense model's own",
+        description="reconstruct's wanted outputs: the dense block's on what the pruned model "
+        "feeds it, or on what the dense model does",
     )
     add_biases: bool = Field(False, description="give linears biases where they have none")
     distil: float = Field(
