@@ -88,6 +88,7 @@ class CandidatePruner(BudgetedForest):
         *,
         X_val: Any = None,
         y_val: ArrayLike | None = None,
+        sample_weight_val: ArrayLike | None = None,
         progress: Progress = SILENT,
     ) -> Self:
         """Grow the forest (unless ``prefit``), make the candidates and choose.
@@ -98,7 +99,7 @@ class CandidatePruner(BudgetedForest):
         if self.budget is not None:
             check_number("budget", self.budget)
         forest, train, validation = self._forest_and_roles(
-            X, y, sample_weight, X_val, y_val,
+            X, y, sample_weight, X_val, y_val, sample_weight_val,
             prefit=self.prefit,
             wants_validation=True,
             fraction=self.validation_fraction,

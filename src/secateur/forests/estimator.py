@@ -127,6 +127,7 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         sample_weight: ArrayLike | None,
         X_val: Any,
         y_val: ArrayLike | None,
+        weight_val: ArrayLike | None,
         *,
         prefit: bool,
         wants_validation: bool,
@@ -136,6 +137,12 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         """The fitted forest, the examples it was trained on, and the validation examples."""
         if (X_val is None) != (y_val is None):
             raise ForestInputError("X_val and y_val go together", field="X_val")
+        if X_val is None and weight_val is not None:
+            raise ForestInputError(
+                "weights of what? X_val is not given",
+                field="sample_weight_val",
+                fix="give X_val and y_val, or weigh X with sample_weight",
+            )
         frozen = isinstance(self.estimator, FrozenEstimator)
         inner = self.estimator.estimator if frozen else self.estimator
         if not isinstance(inner, FORESTS):
@@ -143,7 +150,7 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         given = self._examples(X, y, sample_weight, reset=True)
         validation = None
         if X_val is not None:
-            validation = self._examples(X_val, y_val, None, reset=False)  # type: ignore[arg-type]
+            validation = self._examples(X_val, y_val, weight_val, reset=False)  # type: ignore[arg-type]
         train: Examples | None = given
         if prefit or frozen:
             forest = inner

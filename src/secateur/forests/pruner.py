@@ -96,7 +96,8 @@ class BudgetPruner(BudgetedForest):
         cost_scope: ``example`` (pay what an example needs) or ``model`` (pay what the model uses).
         solver: ``auto`` (``maxflow``: OR-tools if installed, else scipy), ``ortools``, ``scipy``,
             ``primal_dual``, ``lp``. A budget needs an exact one.
-        max_iter, step_m, tol: the primal-dual's rounds, step constant and relative gap.
+        max_iter, tol: the primal-dual's most rounds, and the relative gap that ends it earlier.
+        steps, step_m: its step rule, ``averaged`` or ``published``, and the latter's constant.
         prefit: take ``estimator`` as fitted, as is done with a ``sklearn.frozen.FrozenEstimator``
             (which also survives ``clone``). ``fit(X, y)`` is then given the pruning examples, or
             the forest's training set when ``X_val`` is given too or ``error_source`` needs it.
@@ -135,9 +136,10 @@ class BudgetPruner(BudgetedForest):
         node_loss: str = "auto",
         cost_scope: str = "example",
         solver: str = "auto",
-        max_iter: int = 50,
-        step_m: float = 500.0,
+        max_iter: int = 100,
         tol: float = 1e-6,
+        steps: str = "averaged",
+        step_m: float = 500.0,
         prefit: bool = False,
         validation_fraction: float = 0.3,
         drop_stumps: bool = False,
@@ -155,8 +157,9 @@ class BudgetPruner(BudgetedForest):
         self.cost_scope = cost_scope
         self.solver = solver
         self.max_iter = max_iter
-        self.step_m = step_m
         self.tol = tol
+        self.steps = steps
+        self.step_m = step_m
         self.prefit = prefit
         self.validation_fraction = validation_fraction
         self.drop_stumps = drop_stumps
@@ -171,16 +174,22 @@ class BudgetPruner(BudgetedForest):
         *,
         X_val: Any = None,
         y_val: ArrayLike | None = None,
+        sample_weight_val: ArrayLike | None = None,
         progress: Progress = SILENT,
     ) -> Self:
         """Grow the forest (unless ``prefit``) and prune it.
+
+        Args:
+            X, y, sample_weight: the examples; see ``prefit`` and ``validation_fraction``.
+            X_val, y_val, sample_weight_val: validation examples of your own.
+            progress: where to show it.
 
         Raises:
             ForestInputError: a parameter or the data are wrong.
         """
         self._check_parameters()
         forest, train, validation = self._forest_and_roles(
-            X, y, sample_weight, X_val, y_val,
+            X, y, sample_weight, X_val, y_val, sample_weight_val,
             prefit=self.prefit,
             wants_validation=self.error_source == "validation",
             fraction=self.validation_fraction,
@@ -200,8 +209,8 @@ class BudgetPruner(BudgetedForest):
         """Prune for another lambda; nothing is routed or grown again."""
         programme = self._stated()
         check_number("lam", lam)
-        options = PrimalDualOptions(self.max_iter, self.step_m, self.tol)
-        cut = solve(programme.reduced, programme.price(lam), self.solver, options, progress)
+        price, options = programme.price(lam), self._primal_dual_options()
+        cut = solve(programme.reduced, price, self.solver, options, progress)
         self._adopt(lam, programme.lift(cut.kept))
         self.dual_bound_ = programme.base_error - programme.unit * cut.bound
         self.gap_ = max(0.0, self.objective_ - self.dual_bound_)
@@ -345,6 +354,9 @@ class BudgetPruner(BudgetedForest):
             )
         return programme
 
+    def _primal_dual_options(self) -> PrimalDualOptions:
+        return PrimalDualOptions(self.max_iter, self.tol, self.steps, self.step_m, self.n_jobs)
+
     def _exact_solver(self, purpose: str) -> str:
         solver = resolve_solver(self.solver)
         if solver == "primal_dual":
@@ -376,6 +388,7 @@ class BudgetPruner(BudgetedForest):
                 "unknown", field="cost_scope", value=self.cost_scope, fix="'example' or 'model'"
             )
         resolve_solver(self.solver)
+        self._primal_dual_options()
         if self.budget is not None:
             self._exact_solver("budget")
 
