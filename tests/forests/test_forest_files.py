@@ -163,6 +163,13 @@ def test_path_compare_and_json(folder, tmp_path) -> None:
     record = json.loads(result.stdout)
     assert {row["method"] for row in record["table"]} == {"budgetprune", "greedy"}
     assert "greedy" in (out / "report.html").read_text()
+    result = run(
+        "compare", data, "--target", "y", "--trees", 4, "-m", "budgetprune", "-m", "greedy", "-m",
+        "depth", "--costs", folder / "costs.yaml", "--seeds", 1, "-o", tmp_path / "c", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    unpruned_cost = json.loads(result.stdout)["unpruned"][0][1]
+    assert unpruned_cost <= 3 * 2, "three groups at 2 each, each paid once"
     groups = run(
         "prune", data, "--target", "y", "--trees", 4, "--costs", folder / "costs.yaml", "--lam",
         0.01, "-o", out, "--json",

@@ -96,6 +96,15 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         tags.input_tags.allow_nan = inner.input_tags.allow_nan
         return tags
 
+    def _check_kind(self, estimator: Any) -> None:
+        """Refuse what could not be pruned even if it were fitted."""
+        if not isinstance(estimator, FORESTS):
+            check_forest(estimator)
+
+    def _check_fitted(self, estimator: Any) -> None:
+        """Refuse a model that is not fitted, or was fitted to something else."""
+        check_forest(estimator)
+
     def _floats(self, X: Any) -> NDArray[np.float32]:
         check_is_fitted(self, "estimator_")
         return np.ascontiguousarray(
@@ -145,8 +154,7 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
             )
         frozen = isinstance(self.estimator, FrozenEstimator)
         inner = self.estimator.estimator if frozen else self.estimator
-        if not isinstance(inner, FORESTS):
-            check_forest(inner)
+        self._check_kind(inner)
         given = self._examples(X, y, sample_weight, reset=True)
         validation = None
         if X_val is not None:
@@ -154,7 +162,7 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         train: Examples | None = given
         if prefit or frozen:
             forest = inner
-            check_forest(forest)
+            self._check_fitted(forest)
             if forest.n_features_in_ != self.n_features_in_:
                 raise ForestInputError(
                     f"the forest expects {forest.n_features_in_} features, X has "
@@ -176,7 +184,7 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
             assert train is not None
             forest = clone(inner)
             forest.fit(train.x, train.y, sample_weight=train.weight)
-            check_forest(forest)
+            self._check_fitted(forest)
         names = getattr(self, "feature_names_in_", [f"x{i}" for i in range(self.n_features_in_)])
         self.costs_ = read_costs(self.feature_costs, self.feature_groups, names)
         return forest, train, validation

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import is_classifier
 from sklearn.utils.validation import check_is_fitted
 
-from secateur.forests.checks import ForestInputError, check_number
+from secateur.forests.checks import ForestInputError, check_lam_or_budget, check_number
 from secateur.forests.data_roles import Examples, error_examples
 from secateur.forests.estimator import BudgetedForest
 from secateur.forests.flat import flatten
@@ -369,18 +369,7 @@ class BudgetPruner(BudgetedForest):
         return solver
 
     def _check_parameters(self) -> None:
-        if (self.lam is None) == (self.budget is None):
-            both = self.lam is not None
-            raise ForestInputError(
-                f"exactly one of lam and budget is needed, {'both' if both else 'none'} given",
-                field="lam",
-                value=self.lam,
-                fix="lam= for a fixed trade-off, budget= for a mean cost per example",
-            )
-        if self.budget is None:
-            check_number("lam", self.lam)
-        else:
-            check_number("budget", self.budget)
+        check_lam_or_budget(self.lam, self.budget)
         if self.fill not in ("hull", "greedy"):
             raise ForestInputError("unknown", field="fill", value=self.fill, fix="hull or greedy")
         if self.cost_scope not in ("example", "model"):

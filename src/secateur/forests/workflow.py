@@ -18,7 +18,7 @@ from sklearn.ensemble import (
 from sklearn.model_selection import train_test_split
 
 import secateur
-from secateur.errors import SecateurError, UsageError
+from secateur.errors import UsageError
 from secateur.files import write_json
 from secateur.forests.compare import METHODS, Comparison, compare
 from secateur.forests.flat import flatten
@@ -90,8 +90,6 @@ def run_compare(
     """All methods on the same splits and forests; see ``compare``."""
     table = read_table(recipe.data, recipe.target, recipe.task)
     costs, groups = read_costs(recipe.costs, table.names)
-    if groups is not None:
-        raise SecateurError("compare prices single features; leave groups out of the costs file")
     prices = np.ones(len(table.names))
     if costs is not None:
         prices = np.array([costs[name] for name in table.names])
@@ -101,6 +99,7 @@ def run_compare(
         table.y,
         _forest(recipe, table.classify),
         lambda seed: prices,
+        groups=groups,
         methods=methods or list(DEFAULT_METHODS),
         seeds=range(seeds),
         progress=progress,

@@ -56,8 +56,8 @@ def integer_network(problem: ClosureProblem) -> IntegerNetwork:
     supply = np.maximum(net, 0)
     drain = np.minimum(np.maximum(-net, 0), most)
     toll = np.minimum(problem.charge, most)
-    whole = [x.astype(np.int64) for x in (supply, drain, toll)]
-    return IntegerNetwork(problem, *whole, unlimited=4 << BITS)
+    supply, drain, toll = (x.astype(np.int64) for x in (supply, drain, toll))
+    return IntegerNetwork(problem, supply, drain, toll, unlimited=4 << BITS)
 
 
 def solve_maxflow(problem: ClosureProblem, backend: str = "scipy") -> Cut:
