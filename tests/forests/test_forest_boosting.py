@@ -126,8 +126,12 @@ WEIGHTS = "the hold-out splits weighted and repeated rows differently"
 
 @parametrize_with_checks(
     [
-        BoostingPruner(GradientBoostingRegressor(n_estimators=20), lam=1e-5, random_state=0),
-        BoostingPruner(GradientBoostingClassifier(n_estimators=20), budget=50.0, random_state=0),
+        BoostingPruner(
+            GradientBoostingRegressor(n_estimators=20, random_state=0), lam=1e-5, random_state=0
+        ),
+        BoostingPruner(
+            GradientBoostingClassifier(n_estimators=20, random_state=0), budget=50.0, random_state=0
+        ),
     ],
     expected_failed_checks=lambda _: {"check_sample_weight_equivalence_on_dense_data": WEIGHTS},
 )

@@ -87,6 +87,16 @@ def test_tables_of_all_formats_agree(folder) -> None:
         ("a.csv", "a,y\n1,\n", "y", "no target"),
         ("a.txt", "", "y", "unknown kind"),
         ("absent.csv", None, "y", "no such file"),
+        ("a.csv", "a,y\n1,0\n1,2,3,4\n", "y", "cannot be read as csv"),
+        ("a.csv", "", "y", "cannot be read as csv"),
+        ("a.csv", "a,y\n", "y", "no rows"),
+        ("a.csv", "y\n1\n0\n", "y", "no feature"),
+        ("a.csv", "a,y\n1,0\ninf,1\n", "y", "data='a': row 2 is infinite"),
+        ("a.csv", "a,y\n1,0\n1e99,1\n", "y", "too large"),
+        ("a.csv", "a,y\n1,inf\n2,1\n", "y", "targets must be finite"),
+        ("a.csv", "a,y\n1,3\n2,3\n", "y", "same target"),
+        ("a.parquet", "junk", "y", "cannot be read as parquet"),
+        ("a.svm", "1 a:b\n", None, "cannot be read as svmlight"),
     ],
 )
 def test_wrong_tables_are_named(tmp_path, file, text, target, words) -> None:
@@ -109,10 +119,16 @@ def test_prices_and_groups(folder, tmp_path) -> None:
         ("f0: 1", "feature='f1'"),
         ("f0: cheap\nf1: 2", "no number"),
         ("[1]", "must map"),
+        ("f0: [1", "cannot be read as YAML"),
+        ("f0: -1\nf1: 2", "0 or more"),
+        ("f0: 1\nf1: 2\nf9: 1", "feature='f9'"),
     ):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(SecateurError, match=words):
             read_costs(tmp_path / "c.yaml", ["f0", "f1"])
+    (tmp_path / "c.csv").write_text("feature,cost\nf0,1\nf1,1\nf0,7\n")
+    with pytest.raises(SecateurError, match="twice"):
+        read_costs(tmp_path / "c.csv", ["f0", "f1"])
 
 
 def test_recipes_name_what_is_wrong(tmp_path) -> None:
@@ -123,6 +139,11 @@ def test_recipes_name_what_is_wrong(tmp_path) -> None:
         ("data: d.csv\nbugdet: 3", "bugdet"),
         ("data: d.csv\nbudget: -3", "budget"),
         ("budget: 3", "data"),
+        ("data: d.csv\nlam: .inf", "lam"),
+        ("data: d.csv\njobs: 0", "no work"),
+        ("data: d.csv\nseed: -1", "seed"),
+        ("data: d.csv\nsolver: simplex", "solver='simplex'"),
+        ("data: [", "cannot be read as YAML"),
         ("data: d.csv\ntest: 0.6\nvalidation: 0.5", "nothing to train"),
     ):
         file.write_text(text)
@@ -182,14 +203,32 @@ def test_wrong_requests_end_in_a_message(folder, tmp_path) -> None:
     for arguments, words in (
         (["prune", data, "--target", "y"], "one of --budget and --lam"),
         (["prune", data, "--target", "q", "--lam", 1], "target='q'"),
+        (["prune", data, "--target", "y", "--budget", 1, "--solver", "primal_dual"], "nested"),
+        (["path", data, "--target", "y", "--solver", "primal_dual"], "nested"),
+        (["prune", data, "--target", "y", "--lam", 1, "-o", data], "in the way"),
         (["report", tmp_path], "no result.json"),
         (["compare", data, "--target", "y", "-m", "gredy"], "did you mean 'greedy'"),
     ):
-        caught = run(*arguments, *(["-o", tmp_path / "o"] if arguments[0] != "report" else []))
+        caught = run(
+            *arguments,
+            *([] if arguments[0] == "report" or "-o" in arguments else ["-o", tmp_path / "o"]),
+        )
         assert isinstance(caught.exception, SecateurError)
         assert words in str(caught.exception)
         assert caught.exception.exit_code == 2
     assert not (tmp_path / "o").exists()
+
+
+def test_the_primal_dual_prunes_from_the_command_line(folder, tmp_path) -> None:
+    result = run(
+        "prune", folder / "data.csv", "--target", "y", "--trees", 4, "--lam", 0.01, "--solver",
+        "primal_dual", "-o", tmp_path, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["optimum"]["solver"] == "primal_dual"
+    assert record["optimum"]["gap"] < 0.01 * record["optimum"]["objective"]
+    assert len(record["path"]) > 2
 
 
 @pytest.mark.parametrize("command", ["prune", "path", "compare", "report"])

@@ -257,6 +257,7 @@ class BudgetPruner(BudgetedForest):
         *,
         points: int | None = None,
         lams: ArrayLike | None = None,
+        solver: str | None = None,
         progress: Progress = SILENT,
     ) -> PrunePath:
         """Optimal prunings over lambda; the estimator itself stays as it is.
@@ -264,8 +265,9 @@ class BudgetPruner(BudgetedForest):
         Args:
             points: only this many, those that matter most for the curve; None for all.
             lams: the optima at these values instead.
+            solver: an exact one; None for the estimator's own.
         """
-        programme, solver = self._stated(), self._exact_solver("prune_path")
+        programme, solver = self._stated(), self._exact_solver("prune_path", solver)
         if lams is not None:
             for lam in np.atleast_1d(np.asarray(lams, dtype=np.float64)):
                 check_number("lams", float(lam))
@@ -357,13 +359,13 @@ class BudgetPruner(BudgetedForest):
     def _primal_dual_options(self) -> PrimalDualOptions:
         return PrimalDualOptions(self.max_iter, self.tol, self.steps, self.step_m, self.n_jobs)
 
-    def _exact_solver(self, purpose: str) -> str:
-        solver = resolve_solver(self.solver)
+    def _exact_solver(self, purpose: str, asked: str | None = None) -> str:
+        solver = resolve_solver(asked or self.solver)
         if solver == "primal_dual":
             raise ForestInputError(
                 f"{purpose} needs exact optima, which are nested; the primal-dual's are not",
                 field="solver",
-                value=self.solver,
+                value=solver,
                 fix="solver='auto'",
             )
         return solver
