@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,8 @@ from secateur.errors import SecateurError, UsageError
 from secateur.forests import ForestInputError, load_forest, save_forest
 from secateur.forests.recipe import read_recipe
 from secateur.forests.tables import read_costs, read_table
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +168,8 @@ def test_prune_writes_a_forest_figures_and_a_page(folder, tmp_path) -> None:
     forest = load_forest(out / "forest.npz")
     assert sum(t.tree_.node_count for t in forest.estimators_) == record["after"]["nodes"]
     page = (out / "report.html").read_text()
-    assert "<svg" in page
+    for title in ("Score against cost", "Nodes against cost", "ask for a feature"):
+        assert title in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     (out / "report.html").unlink()
     assert run("report", out).exit_code == 0
@@ -229,6 +234,22 @@ def test_the_primal_dual_prunes_from_the_command_line(folder, tmp_path) -> None:
     assert record["optimum"]["solver"] == "primal_dual"
     assert record["optimum"]["gap"] < 0.01 * record["optimum"]["objective"]
     assert len(record["path"]) > 2
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "recipes" / "forests").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_recipes_run(folder, tmp_path, monkeypatch, file) -> None:
+    words = re.search(
+        r"^#   secateur forest (\w+) --recipe (\S+) --out \S+", file.read_text(), re.M
+    )
+    assert words, "a recipe says how it is run"
+    assert ROOT / words[2] == file
+    assert words[2] in (ROOT / "docs" / "recipes.md").read_text()
+    monkeypatch.chdir(folder)
+    result = run(words[1], "--recipe", file, "--trees", 5, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("command", ["prune", "path", "compare", "report"])

@@ -11,10 +11,11 @@ only if the true loss plus cost falls. There is no certificate for the model as 
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from numbers import Integral
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.base import is_classifier
 from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
@@ -31,7 +32,7 @@ from secateur.forests.rebuild import rebuild_tree
 from secateur.forests.reduction import reduce_problem
 from secateur.forests.routing import leaves
 from secateur.forests.solvers import solve
-from secateur.progress import SILENT, Progress
+from secateur.progress import Progress
 
 BINARY = "a binary classifier or a regressor with squared error"
 BISECTIONS = 20
@@ -87,39 +88,21 @@ class BoostingPruner(BudgetedForest):
         self.n_jobs = n_jobs
         self.random_state = random_state
 
-    def fit(
-        self,
-        X: Any,
-        y: ArrayLike,
-        sample_weight: ArrayLike | None = None,
-        *,
-        X_val: Any = None,
-        y_val: ArrayLike | None = None,
-        sample_weight_val: ArrayLike | None = None,
-        progress: Progress = SILENT,
-    ) -> Self:
-        """Fit the model (unless ``prefit``) and prune it; arguments as in ``BudgetPruner``.
-
-        Raises:
-            ForestInputError: another kind of model, or a wrong parameter.
-        """
+    def _check_parameters(self) -> None:
         check_lam_or_budget(self.lam, self.budget)
-        model, _, validation = self._forest_and_roles(
-            X, y, sample_weight, X_val, y_val, sample_weight_val,
-            prefit=self.prefit,
-            wants_validation=True,
-            fraction=self.validation_fraction,
-            seed=self.random_state,
-        )  # fmt: skip
+        if not isinstance(self.rounds, Integral) or self.rounds < 1:
+            raise ForestInputError("must be 1 or more", field="rounds", value=self.rounds)
+
+    def _prune(
+        self, forest: Any, train: Examples | None, validation: Examples | None, progress: Progress
+    ) -> None:
         assert validation is not None
-        self.unpruned_ = model
         if not validation.weight.sum() > 0:
             raise ForestInputError("weights must not all be zero", field="sample_weight")
         if self.lam is not None:
             self._adopt(self.lam, *self._pruned(self.lam, validation), validation)
         else:
             self._bisect(validation, progress)
-        return self
 
     @property
     def n_iter_(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,7 @@ from secateur.forests.checks import feature_costs as read_costs
 from secateur.forests.data_roles import Examples, hold_out
 from secateur.forests.lazy import Fetch, LazyPrediction, predict_lazy
 from secateur.forests.metrics import expected_feature_cost, feature_usage
+from secateur.progress import SILENT, Progress
 
 
 def _inner_has(name: str) -> Any:
@@ -39,9 +41,53 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
     estimator: Any
     feature_costs: Any
     feature_groups: Any
+    prefit: bool
+    validation_fraction: float
+    random_state: Any
     estimator_: Any
     unpruned_: Any
     costs_: FeatureCosts
+
+    def fit(
+        self,
+        X: Any,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        *,
+        X_val: Any = None,
+        y_val: ArrayLike | None = None,
+        sample_weight_val: ArrayLike | None = None,
+        progress: Progress = SILENT,
+    ) -> Self:
+        """Grow the forest (unless ``prefit``) and prune it.
+
+        Args:
+            X, y, sample_weight: the examples; see ``prefit`` and ``validation_fraction``.
+            X_val, y_val, sample_weight_val: validation examples of your own.
+            progress: where to show it.
+
+        Raises:
+            ForestInputError: a parameter or the data are wrong, or nothing fits the budget.
+        """
+        self._check_parameters()
+        roles = self._forest_and_roles(X, y, sample_weight, X_val, y_val, sample_weight_val)
+        self.unpruned_ = roles[0]
+        self._prune(*roles, progress)
+        return self
+
+    @abstractmethod
+    def _check_parameters(self) -> None:
+        """Refuse wrong parameters before anything is grown."""
+
+    @abstractmethod
+    def _prune(
+        self, forest: Any, train: Examples | None, validation: Examples | None, progress: Progress
+    ) -> None:
+        """Set ``estimator_`` and what is known about it."""
+
+    def _wants_validation(self) -> bool:
+        """Whether validation examples must be there, held out of X if not given."""
+        return True
 
     def predict(self, X: Any) -> NDArray:
         """(n,) labels or values."""
@@ -137,11 +183,6 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         X_val: Any,
         y_val: ArrayLike | None,
         weight_val: ArrayLike | None,
-        *,
-        prefit: bool,
-        wants_validation: bool,
-        fraction: float,
-        seed: Any,
     ) -> tuple[Any, Examples | None, Examples | None]:
         """The fitted forest, the examples it was trained on, and the validation examples."""
         if (X_val is None) != (y_val is None):
@@ -160,7 +201,7 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         if X_val is not None:
             validation = self._examples(X_val, y_val, weight_val, reset=False)  # type: ignore[arg-type]
         train: Examples | None = given
-        if prefit or frozen:
+        if self.prefit or frozen:
             forest = inner
             self._check_fitted(forest)
             if forest.n_features_in_ != self.n_features_in_:
@@ -176,11 +217,13 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
                     field="X",
                     fix="X[forest.feature_names_in_]",
                 )
-            if validation is None and wants_validation:
+            if validation is None and self._wants_validation():
                 train, validation = None, given
         else:
-            if validation is None and wants_validation:
-                train, validation = hold_out(given, fraction, is_classifier(self), seed)
+            if validation is None and self._wants_validation():
+                train, validation = hold_out(
+                    given, self.validation_fraction, is_classifier(self), self.random_state
+                )
             assert train is not None
             forest = clone(inner)
             forest.fit(train.x, train.y, sample_weight=train.weight)

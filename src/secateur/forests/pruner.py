@@ -166,36 +166,12 @@ class BudgetPruner(BudgetedForest):
         self.n_jobs = n_jobs
         self.random_state = random_state
 
-    def fit(
-        self,
-        X: Any,
-        y: ArrayLike,
-        sample_weight: ArrayLike | None = None,
-        *,
-        X_val: Any = None,
-        y_val: ArrayLike | None = None,
-        sample_weight_val: ArrayLike | None = None,
-        progress: Progress = SILENT,
-    ) -> Self:
-        """Grow the forest (unless ``prefit``) and prune it.
+    def _wants_validation(self) -> bool:
+        return self.error_source == "validation"
 
-        Args:
-            X, y, sample_weight: the examples; see ``prefit`` and ``validation_fraction``.
-            X_val, y_val, sample_weight_val: validation examples of your own.
-            progress: where to show it.
-
-        Raises:
-            ForestInputError: a parameter or the data are wrong.
-        """
-        self._check_parameters()
-        forest, train, validation = self._forest_and_roles(
-            X, y, sample_weight, X_val, y_val, sample_weight_val,
-            prefit=self.prefit,
-            wants_validation=self.error_source == "validation",
-            fraction=self.validation_fraction,
-            seed=self.random_state,
-        )  # fmt: skip
-        self.unpruned_ = forest
+    def _prune(
+        self, forest: Any, train: Examples | None, validation: Examples | None, progress: Progress
+    ) -> None:
         self._flat = flatten(forest)
         self._programme = self._state_programme(forest, train, validation)
         if self.lam is not None:
@@ -203,7 +179,6 @@ class BudgetPruner(BudgetedForest):
         else:
             assert self.budget is not None
             self.select(self.budget, progress=progress)
-        return self
 
     def set_lambda(self, lam: float, *, progress: Progress = SILENT) -> Self:
         """Prune for another lambda; nothing is routed or grown again."""
