@@ -5,14 +5,18 @@ Library functions take ``progress: Progress = SILENT`` and never print.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-
-Advance = Callable[[float], None]
+from typing import Protocol
 
 
-def _nothing(steps: float = 1.0) -> None:
+class Advance(Protocol):
+    """Moves a bar on; ``detail`` is shown beside it (a loss, a speed) until the next one."""
+
+    def __call__(self, steps: float = 1.0, detail: str = "") -> None: ...
+
+
+def _nothing(steps: float = 1.0, detail: str = "") -> None:
     """Advance no bar."""
 
 
@@ -60,9 +64,16 @@ class RichProgress(Progress):
             # Without a total there is nothing to count down: only the clock runs.
             *((TimeElapsedColumn(),) if total is None else (*counted, *left)),
         )
+        columns += (TextColumn("{task.fields[detail]}"),)
         with Bars(*columns, console=self.console) as bars:
-            task = bars.add_task(label, total=total)
-            yield partial(bars.advance, task)
+            task = bars.add_task(label, total=total, detail="")
+
+            def advance(steps: float = 1.0, detail: str = "") -> None:
+                if detail:
+                    bars.update(task, detail=detail)
+                bars.advance(task, steps)
+
+            yield advance
 
     def note(self, message: str) -> None:
         """See ``Progress.note``."""

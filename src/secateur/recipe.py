@@ -64,6 +64,127 @@ class Evaluation(_Part):
     speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
 
 
+class Structure(_Part):
+    """What a structured method cuts, and how the target is counted."""
+
+    kinds: tuple[Literal["head", "ffn", "kv_group", "stem", "layer"], ...] | None = Field(
+        None, min_length=1, description="kinds of units that go; null: the method's"
+    )
+    gqa: Literal["groups", "even", "duplicate"] = Field(
+        "groups",
+        description="heads that share keys and values: whole groups, the same number of query "
+        "heads in each, or any (each then gets its own copy of keys and values)",
+    )
+    ranking: Literal["local", "global"] | None = Field(
+        None,
+        description="units compete within their group, or with all of their kind; null: the method's",
+    )
+    target_kind: Literal["ratio", "parameters", "flops", "latency"] = Field(
+        "ratio",
+        description="sparsity is the share of the units' weights, of the model's parameters, of "
+        "its FLOPs, or of its measured time on this machine",
+    )
+    context: int = Field(512, ge=1, description="tokens for which FLOPs and time are counted")
+    round_to: int = Field(1, ge=1, description="widths that stay are multiples of this (8, 64)")
+    uniform: bool = Field(False, description="the same widths in every layer")
+    align: bool = Field(
+        False, description="round each width up or down where measured times say that it pays"
+    )
+    protect: list[int] = Field(
+        default_factory=list, description="blocks left alone; -1 is the last"
+    )
+    at_least: int = Field(1, ge=1, description="units that stay in every group")
+
+
+class Search(_Part):
+    """The text an allocator that searches tries its plans on."""
+
+    text: str | None = Field(
+        None, description="file or named corpus, never evaluated on; null: the calibration's"
+    )
+    samples: int = Field(16, ge=1, description="sequences a plan is judged on")
+    length: int | None = Field(
+        None, ge=2, description="tokens in each; null: the calibration's, or 512"
+    )
+    seed: int = Field(1, ge=0, description="which windows of the text are drawn")
+    fitness: Literal["kl", "perplexity"] = Field(
+        "kl", description="KL divergence from the dense model's predictions, or perplexity"
+    )
+
+
+class Recovery(_Part):
+    """Training after the cut, with the mask kept."""
+
+    method: str = Field(
+        "perp", description="perp, full, imp, reconstruct, or an adapter such as mask-lora"
+    )
+    train: list[str] | None = Field(
+        None,
+        description="any of biases, norms, head, rescale, all and one adapter (mask-lora ...); "
+        "null: the biases and norms there are",
+    )
+    steps: int = Field(100, ge=1, description="optimizer steps (reconstruct: for each block)")
+    lr: float | None = Field(None, gt=0, description="highest learning rate; null: the method's")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="how the rate falls"
+    )
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which it rises")
+    batch: int = Field(4, ge=1, description="windows in a step, over all processes")
+    micro_batch: int | None = Field(None, ge=1, description="windows in a forward; null: all")
+    length: int | None = Field(
+        None, ge=2, description="tokens in a window; null: 512, or the positions"
+    )
+    text: str = Field("pydoc", description="file or named corpus to train on")
+    seed: int = Field(0, ge=0, description="order of the windows, start of the adapters")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of a gradient; null: any")
+    rank: int = Field(16, ge=1, description="of adapters")
+    alpha: float = Field(32.0, gt=0, description="adapters are multiplied by alpha / rank")
+    init: Literal["broken", "ones"] = Field(
+        "broken", description="how scale-lora starts; 'ones' as published"
+    )
+    targets: list[str] = Field(
+        default_factory=list, description="adapters only on these roles or names; none: all"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of adapters")
+    samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
+    unit: Literal["block", "matrix"] = Field(
+        "block", description="what reconstruct trains at a time"
+    )
+    stream: Literal["pruned", "dense"] = Field(
+        "pruned",
+        description="reconstruct's wanted outputs: the dense block's on what the pruned model "
+        "feeds it, or on what the dense model does",
+    )
+    add_biases: bool = Field(False, description="give linears biases where they have none")
+    distil: float = Field(
+        0.0, ge=0, le=1, description="share of the loss that is the divergence from the dense model"
+    )
+    temperature: float = Field(2.0, gt=0, description="of that divergence")
+    cycles: int | None = Field(
+        None, ge=1, description="rounds of pruning and retraining; null: 3 for imp, else 1"
+    )
+    cycle_schedule: Literal["geometric", "cubic"] = Field(
+        "geometric", description="how much is gone after each round"
+    )
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many looks at held-out windows without a gain"
+    )
+    validate_every: int = Field(50, ge=1, description="steps between such looks")
+    precision: Literal["auto", "no", "bf16"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it"
+    )
+    checkpointing: bool = Field(
+        False, description="compute activations again in backward: less memory, more time"
+    )
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of pruning and retraining."""
+        return self.cycles or (3 if self.method == "imp" else 1)
+
+
 class Recipe(_Part):
     """One run, from model to report."""
 
@@ -81,7 +202,11 @@ class Recipe(_Part):
     quality: Quality | None = Field(
         None, description="a preset that fills in method, update and granularity"
     )
-    allocation: str = Field("uniform", description="'uniform', 'global', or a saved plan.json")
+    allocation: str | dict[str, Any] = Field(
+        "uniform",
+        description="see 'secateur allocators': a name, {name: ..., its options}, or a plan.json",
+    )
+    structure: Structure = Structure()
     include: list[str] = Field(
         default_factory=list, description="only matrices matching these globs"
     )
@@ -90,6 +215,7 @@ class Recipe(_Part):
         None, description="path of the list of blocks, if not found by itself"
     )
     calibration: Calibration = Calibration()
+    search: Search = Search()
     propagate: Literal["pruned", "dense"] = Field(
         "pruned", description="what later blocks are calibrated on"
     )
@@ -100,6 +226,7 @@ class Recipe(_Part):
         "block",
         description="what survivors are fitted to: the block's own outputs, or the dense model's",
     )
+    recovery: Recovery | None = Field(None, description="training after the cut; null: none")
     evaluation: Evaluation | None = Evaluation()
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     dtype: str = Field("auto", description="auto: float32 on CPU, the checkpoint's own on a GPU")
@@ -116,6 +243,20 @@ class Recipe(_Part):
     @classmethod
     def _scope_is_readable(cls, value: str | None) -> str | None:
         return None if value is None else str(Scope.parse(value))
+
+    @field_validator("allocation")
+    @classmethod
+    def _allocation_has_a_name(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value.get("name"), str):
+            raise UsageError(
+                "an allocation with options has a name",
+                field="allocation",
+                value=value,
+                fix="e.g. {name: als, mu: row}",
+            )
+        return value if len(value) > 1 else str(value["name"])
 
     @model_validator(mode="before")
     @classmethod
@@ -139,10 +280,6 @@ class Recipe(_Part):
                 value=self.scope,
                 fix="drop --scope, or give the sparsity as a number",
             )
-        if target.is_pattern and self.allocation == "global":
-            raise UsageError(
-                "an N:M pattern is the same everywhere", field="allocation", value="global"
-            )
         if self.propagate == "dense" and self.granularity == "true_sequential":
             raise UsageError(
                 "true_sequential re-runs the pruned block, so it cannot propagate the dense one",
@@ -158,6 +295,13 @@ class Recipe(_Part):
                 fix="use propagate: pruned",
             )
         return self
+
+    @property
+    def allocator(self) -> tuple[str, dict[str, Any]]:
+        """Name (or path of a plan) and options of the allocation."""
+        if isinstance(self.allocation, str):
+            return self.allocation, {}
+        return self.allocation["name"], {k: v for k, v in self.allocation.items() if k != "name"}
 
     @property
     def target(self) -> Target:
@@ -196,7 +340,13 @@ class Recipe(_Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-_PARTS: dict[str, type[_Part]] = {"calibration": Calibration, "evaluation": Evaluation}
+_PARTS: dict[str, type[_Part]] = {
+    "calibration": Calibration,
+    "evaluation": Evaluation,
+    "structure": Structure,
+    "search": Search,
+    "recovery": Recovery,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "update": "none"},
@@ -207,7 +357,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _readable(error: ValidationError) -> UsageError:
     first = error.errors()[0]
-    path = [str(p) for p in first["loc"] if p not in ("float", "str")]
+    path = [str(p) for p in first["loc"] if p not in ("float", "str", "dict[str,any]")]
     field = ".".join(path) or "recipe"
     if first["type"] == "extra_forbidden":
         part: type[_Part] = Recipe

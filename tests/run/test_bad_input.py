@@ -73,7 +73,7 @@ def test_an_option_that_is_not_yaml():
         ({"sparsity": "3:7"}, "7 does not divide"),
         ({"include": ["nothing*"]}, "nothing"),
         ({"method": "wanda", "reconstruct": "dense"}, "--update exact"),
-        ({"allocation": "owls"}, "unknown allocation"),
+        ({"allocation": "uniformly"}, "did you mean 'uniform'"),
         ({"allocation": "absent.json"}, "not a plan"),
         ({"stream": True}, "out"),
     ],

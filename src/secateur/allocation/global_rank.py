@@ -7,10 +7,12 @@ differs between layers (spec: global Wanda on a 3B model, perplexity 10,140 at 3
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from secateur.allocation.base import Allocator, Problem
 from secateur.allocation.plan import Plan
 from secateur.errors import UsageError
 from secateur.masks.target import Target
@@ -51,3 +53,37 @@ def global_plan(scores: Iterable[tuple[str, Tensor]], target: Target) -> Plan:
         counts[i] += ties
         left -= ties
     return Plan(target, shapes, dict(zip(shapes, counts, strict=True)), {"allocator": "global"})
+
+
+@dataclass(frozen=True)
+class Global(Allocator):
+    """One ranking of all weights by the run's own method's scores on the dense model.
+
+    Global magnitude pruning is the classic of vision networks. On language models it is known
+    to collapse from 65 % on, and earlier where scores involve activations, whose scale differs
+    between layers; the plan says so in its notes.
+    """
+
+    name = "global"
+    summary = "one ranking of all weights; collapses on language models at high sparsity"
+    ranks_scores = True
+
+    def bounds(self, problem: Problem) -> tuple[float, float]:
+        """Whatever the ranking says, unless bounds were given."""
+        low = 0.0 if self.min_sparsity is None else self.min_sparsity
+        return low, 1.0 if self.max_sparsity is None else self.max_sparsity
+
+    def wishes(self, problem: Problem) -> dict[str, float]:
+        """The share of each matrix below the one threshold."""
+        return self._ranked(problem).ratios
+
+    def _ranked(self, problem: Problem) -> Plan:
+        if problem.scores is None:
+            raise ValueError("a global ranking needs the method's scores")
+        return global_plan(problem.scores(), Target(problem.sparsity))
+
+    def plan(self, problem: Problem) -> Plan:
+        """The ranking's own counts where they may stand; else moved into bounds or N:M."""
+        if problem.target.is_pattern or self.bounds(problem) != (0.0, 1.0):
+            return super().plan(problem)
+        return replace(self._ranked(problem), provenance=self.provenance())

@@ -1,4 +1,4 @@
-"""Lists: methods, and named texts."""
+"""Lists: methods, allocators, and named texts."""
 
 from __future__ import annotations
 
@@ -56,6 +56,54 @@ def methods_command(as_json: common.Json = False) -> None:
     Console().print(table)
 
 
+def allocators_command(as_json: common.Json = False) -> None:
+    """List the allocators: how each shares a target out, what it reads, where it comes from.
+
+    [bold]Example[/bold]
+
+      secateur allocators --json
+    """
+    from dataclasses import fields
+
+    from secateur.allocation import allocators
+
+    rows: list[dict[str, Any]] = []
+    for name in allocators:
+        kind = allocators[name]
+        readings = kind.with_options({}).readings()
+        needs = {"weights"} if readings else set()
+        needs |= {"input norms" for r in readings if r.inputs}
+        needs |= {"token sample" for r in readings if r.sample}
+        needs |= {"the method's scores"} if kind.ranks_scores else set()
+        needs |= {"trials on text"} if kind.searches else set()
+        rows.append(
+            {
+                "name": name,
+                "summary": kind.summary,
+                "needs": sorted(needs),
+                "options": {f.name: f.default for f in fields(kind)},
+                "paper": kind.paper,
+            }
+        )
+    if as_json:
+        common.emit({"allocators": rows})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for heading in ("allocator", "shares out by", "needs", "options"):
+        table.add_column(heading)
+    for row in rows:
+        common_options = ("min_sparsity", "max_sparsity")
+        options = ", ".join(
+            f"{k}={v}" for k, v in row["options"].items() if k not in common_options
+        )
+        table.add_row(row["name"], row["summary"], ", ".join(row["needs"]) or "nothing", options)
+    Console().print(table)
+    common.say("every allocator also takes min_sparsity and max_sparsity, the bounds of a ratio")
+
+
 def texts_command(as_json: common.Json = False) -> None:
     """List the named texts for calibration and evaluation, with licence and source.
 
@@ -76,4 +124,5 @@ def texts_command(as_json: common.Json = False) -> None:
 def add_to(app: typer.Typer) -> None:
     """Mount the lists."""
     app.command("methods")(methods_command)
+    app.command("allocators")(allocators_command)
     app.command("texts")(texts_command)

@@ -169,6 +169,66 @@ def evaluation_windows(
     return windows if vocabulary is None else windows.check_vocabulary(vocabulary)
 
 
+def training_windows(
+    source: Source,
+    tokenizer: Any,
+    tokens: int,
+    length: int = 512,
+    seed: int = 0,
+    vocabulary: int | None = None,
+) -> Windows:
+    """All windows of a text, or those of its first ``tokens`` tokens, to train on.
+
+    Packed as for calibration, but every window is kept, in the order of the packed stream;
+    ``Shuffled`` draws from them.
+
+    Args:
+        source: as for ``calibration_windows``; of a named corpus the train part.
+        tokens: how many the training will see; a longer text is read no further.
+
+    Raises:
+        UsageError: less text than one window, no tokenizer, or ids out of range.
+    """
+    _positive("length", length - 1)
+    _positive("tokens", tokens)
+    if (stream := single_stream(source)) is not None:
+        windows = _in_order(stream, length, None, {"source": "tokens"})
+    elif _is_text(source):
+        text = _as_text(source, "train")
+        stream, record = _packed(text, _needed(tokenizer), -(-tokens // SURPLUS), seed)
+        windows = _in_order(stream, length, None, record)
+    else:
+        windows = _given(source, None)
+    return windows if vocabulary is None else windows.check_vocabulary(vocabulary)
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """An endless, deterministic order over windows: each pass a permutation of its own.
+
+    A batch is named by its position alone, so a training resumes where it was by knowing its
+    step, on any number of processes.
+    """
+
+    windows: Windows
+    seed: int = 0
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """Numbers of the windows at positions ``start`` ... ``start + count - 1``.
+
+        >>> sorted(Shuffled(Windows(torch.zeros(4, 2, dtype=torch.int64))).rows(4, 4))
+        [0, 1, 2, 3]
+        """
+        n = len(self.windows)
+        chosen: list[int] = []
+        while len(chosen) < count:
+            turn, offset = divmod(start + len(chosen), n)
+            order = list(range(n))
+            random.Random(f"{self.seed}/{turn}").shuffle(order)
+            chosen += order[offset : offset + count - len(chosen)]
+        return chosen
+
+
 def text_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     """The token ids of a text of any length, with the tokenizer's special tokens or without."""
     # verbose=False: a text longer than the model's context is no mistake here, it gets cut.

@@ -26,19 +26,19 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def add_gram(total: Tensor, x: Tensor) -> None:
-    """total += x^T x for x (tokens, d), total symmetric (d, d).
+def add_gram(total: Tensor, x: Tensor, scale: float = 1.0) -> None:
+    """total += scale x^T x for x (tokens, d), total symmetric (d, d).
 
     On a CPU each strip of rows is multiplied from the diagonal on and mirrored, which saves
     up to half of the work; on a GPU one product is faster than many.
     """
     size = x.shape[1]
     if x.device.type != "cpu" or size <= _STRIP:
-        total.addmm_(x.T, x)
+        total.addmm_(x.T, x, alpha=scale)
         return
     for start in range(0, size, _STRIP):
         stop = start + _STRIP
-        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:], alpha=scale)
         total[stop:, start:stop] = total[start:stop, stop:].T
 
 

@@ -71,6 +71,14 @@ class EvidenceStore:
         }
         return {name: items[leader] for name, leader in same.items()}
 
+    def save_tensors(self, block: int, tensors: dict[str, Tensor]) -> None:
+        """Save what was read off a block."""
+        self._write(block, {k: v.contiguous() for k, v in tensors.items()}, {})
+
+    def load_tensors(self, block: int) -> dict[str, Tensor]:
+        """The inverse of ``save_tensors``."""
+        return self._read(block)[0]
+
     def clear(self) -> None:
         """Forget what an interrupted gathering left: half-added sums cannot be told apart."""
         shutil.rmtree(self.folder, ignore_errors=True)

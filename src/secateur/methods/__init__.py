@@ -1,9 +1,9 @@
 """One paper, one file. ``methods[name]`` is the class; ``secateur methods`` lists them all."""
 
-from secateur.methods.base import Decision, Method, Need
+from secateur.methods.base import Decision, Described, Method, Need
 from secateur.registry import Registry
 
-methods: Registry[type[Method]] = Registry(
+methods: Registry[type[Described]] = Registry(
     "method",
     {
         "magnitude": "secateur.methods.magnitude:Magnitude",
@@ -13,8 +13,12 @@ methods: Registry[type[Method]] = Registry(
         "ria": "secateur.methods.ria:RIA",
         "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
         "random": "secateur.methods.magnitude:Random",
+        "llm-pruner": "secateur.methods.llm_pruner:LLMPruner",
+        "heads": "secateur.methods.heads:Heads",
+        "unit-magnitude": "secateur.methods.unit_baselines:UnitMagnitude",
+        "unit-random": "secateur.methods.unit_baselines:UnitRandom",
     },
     group="secateur.methods",
 )
 
-__all__ = ["Decision", "Method", "Need", "methods"]
+__all__ = ["Decision", "Described", "Method", "Need", "methods"]

@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
@@ -61,8 +61,8 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """Ranks the weights of a matrix; subclasses are frozen dataclasses, their fields the options."""
+class Described:
+    """What every method says of itself; its dataclass fields are its options."""
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -75,6 +75,44 @@ class Method(ABC):
     def requirements(self) -> frozenset[Need]:
         """The evidence needed with these options (``needs`` unless options change it)."""
         return self.needs
+
+    @property
+    def inexact(self) -> bool:
+        """True if the count may miss the cut's by a few: only when an original is repeated."""
+        return False
+
+    @classmethod
+    def with_options(cls, options: dict[str, Any]) -> Self:
+        """Build from a recipe's options.
+
+        Raises:
+            UsageError: an unknown option, with the known ones named; or one of the wrong type.
+        """
+        known = {f.name: f for f in fields(cls)}
+        for key in options:
+            if key not in known:
+                raise UsageError(
+                    f"method '{cls.name}' has no such option",
+                    field=key,
+                    value=options[key],
+                    fix=f"options: {', '.join(known) or 'none'}",
+                )
+        try:
+            return TypeAdapter(cls).validate_python(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "options"
+            raise UsageError(
+                f"method '{cls.name}': {first['msg']}",
+                field=name,
+                value=options.get(name),
+                fix=f"see 'secateur methods' for the options of {cls.name}",
+            ) from None
+
+
+@dataclass(frozen=True)
+class Method(Described, ABC):
+    """Ranks the weights of a matrix; subclasses are frozen dataclasses, their fields the options."""
 
     @abstractmethod
     def score(self, weight: Tensor, evidence: Evidence) -> Tensor:
@@ -101,39 +139,6 @@ class Method(ABC):
         score = self.score(weight, evidence)
         ranked = score if gone is None else score.masked_fill(gone, float("-inf"))
         return Decision(select(ranked, cut, evidence.name), None, score)
-
-    @property
-    def inexact(self) -> bool:
-        """True if the count may miss the cut's by a few: only when an original is repeated."""
-        return False
-
-    @classmethod
-    def with_options(cls, options: dict[str, Any]) -> Method:
-        """Build from a recipe's options.
-
-        Raises:
-            UsageError: an unknown option, with the known ones named; or one of the wrong type.
-        """
-        known = {f.name: f for f in fields(cls)}
-        for key in options:
-            if key not in known:
-                raise UsageError(
-                    f"method '{cls.name}' has no such option",
-                    field=key,
-                    value=options[key],
-                    fix=f"options: {', '.join(known) or 'none'}",
-                )
-        try:
-            return TypeAdapter(cls).validate_python(options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "options"
-            raise UsageError(
-                f"method '{cls.name}': {first['msg']}",
-                field=name,
-                value=options.get(name),
-                fix=f"see 'secateur methods' for the options of {cls.name}",
-            ) from None
 
 
 @dataclass(frozen=True)

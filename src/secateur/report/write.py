@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 
 from secateur.files import finite, write_json, write_text
-from secateur.report import facts, figures, words
+from secateur.report import allocation_charts, facts, figures, words
 
 
 def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
@@ -46,6 +46,7 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
             "quality": figures.quality_chart(result),
             "errors": figures.error_chart(result),
             "sparsity": figures.sparsity_chart(result),
+            "allocation": allocation_charts.of_run(result),
             "output_errors": figures.output_error_chart(result),
             "bytes": figures.bytes_chart(result),
             "speed": figures.speed_charts(result),

@@ -67,9 +67,10 @@ def verify_zeros(session: Session, plan: Plan, masks: Mapping[str, Tensor]) -> i
             raise VerificationError(f"'{matrix.name}' lost {count} weights, not {asked}")
         cut = plan.cut(matrix.name, session.scope)
         if cut.keep is not None and cut.group is not None and not session.method.inexact:
+            pattern = f"{cut.keep}:{cut.group}"
             gone_in_group = mask.view(mask.shape[0], -1, cut.group).sum(-1)
             if bool((gone_in_group != cut.group - cut.keep).any()):
-                raise VerificationError(f"'{matrix.name}' does not keep {plan.target} everywhere")
+                raise VerificationError(f"'{matrix.name}' does not keep {pattern} everywhere")
         if session.resident is None:
             weight = matrix.tensor()
             left = int(((weight != 0) & mask.to(weight.device)).count_nonzero())

@@ -10,6 +10,9 @@ DIR/secateur/recipe.yaml             every setting resolved
 DIR/secateur/events.jsonl            the log
 DIR/secateur/blocks/00003.json       a block is done when this exists (records of its matrices)
 DIR/secateur/masks/00003.safetensors its masks
+DIR/secateur/recovered.json          what recovery did; from then on the blocks' weights are in
+                                     DIR/model-recovered-00000.safetensors ...
+DIR/secateur/recovery/               its checkpoint and metrics.jsonl
 DIR/secateur/state/                  what the next block is fed with (the last boundary only)
 """
 
@@ -32,6 +35,9 @@ from secateur.errors import SecateurError, UsageError
 from secateur.files import told_plainly, write_json, write_text
 from secateur.recipe import Recipe
 from secateur.tensorfile import save_tensors
+
+RECOVERED = "recovered.json"
+"""Under ``secateur/``: the recovery's record, written when all its weights are on disk."""
 
 
 class RunFolder:
@@ -185,8 +191,14 @@ class RunFolder:
     # -- blocks --------------------------------------------------------------------------------
 
     def shard(self, block: int) -> Path:
-        """Where a block's weights go."""
+        """Where a block's weights go, or have gone once they were recovered."""
+        if (self.inner / RECOVERED).exists():
+            return self.recovered_shard(block)
         return self.path / f"model-block-{block:05d}.safetensors"
+
+    def recovered_shard(self, block: int) -> Path:
+        """Where a block's weights go after recovery; the cut ones stay until all are there."""
+        return self.path / f"model-recovered-{block:05d}.safetensors"
 
     def mask_shard(self, block: int) -> Path:
         """Where a block's masks go until they are joined."""

@@ -33,6 +33,8 @@ def measure_quality(
             dense.compute(session.progress, "dense model, evaluating")
             if path is not None:
                 dense.save(path)
+        if session.recipe.recovery is not None:
+            dense.remember_outside()
 
     def finish() -> dict[str, Any]:
         with session.timed("evaluation"):

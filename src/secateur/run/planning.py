@@ -2,60 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from secateur.allocation.global_rank import global_plan
-from secateur.allocation.plan import Plan, uniform
+from secateur.allocation import Allocator, Plan, Problem
 from secateur.errors import UsageError
 from secateur.evidence.gather import gather_inputs
 from secateur.evidence.gradients import of_matrix
 from secateur.evidence.statistics import Evidence
 from secateur.methods import Need
 from secateur.run.evidence import gather_gradients
-from secateur.run.session import Session
+from secateur.run.readings import gather_readings
+from secateur.run.session import Session, allocator_of
+from secateur.run.trial_of import Trial
 
 
 def make_plan(session: Session, root: Path | None = None) -> Plan:
-    """Spread the target over the matrices as the recipe's allocation says."""
-    recipe, shapes = session.recipe, session.shapes
-    if session.scope.kind == "global" or recipe.allocation == "global":
-        if session.method.requirements():
-            session.notes.append(
-                "a global ranking compares activation scores across layers, whose scales differ: "
-                "quality usually suffers (use scope row or block)"
-            )
-        return global_plan(_dense_scores(session, root), recipe.target)
-    if recipe.allocation == "uniform":
-        return uniform(shapes, recipe.target)
-    path = Path(recipe.allocation)
-    if path.suffix == ".json":
-        plan = Plan.load(path)
-        if plan.shapes != shapes:
-            odd = sorted(set(plan.shapes) ^ set(shapes))
-            raise UsageError(
-                f"the plan is of another model ({len(odd)} matrices differ, e.g. "
-                f"{odd[0] if odd else 'in shape'})",
-                field="allocation",
-                value=recipe.allocation,
-            )
-        if "sparsity" in recipe.model_fields_set and plan.target != recipe.target:
-            raise UsageError(
-                f"the plan was made for {plan.target}",
-                field="sparsity",
-                value=str(recipe.target),
-                fix=f"--sparsity {plan.target}, or leave it to the plan",
-            )
-        return plan
-    raise UsageError(
-        "unknown allocation",
-        field="allocation",
-        value=recipe.allocation,
-        fix="uniform, global, or the path of a plan.json",
+    """Spread the target over the matrices as the recipe's allocation says.
+
+    Args:
+        root: folder where what is read off the dense model is kept, and taken from.
+    """
+    allocator = allocator_of(session.recipe)
+    if allocator is None:
+        return _saved(session)
+    problem = problem_of(session, (allocator,), root)
+    plan = allocator.plan(problem)
+    session.notes += [f"allocation: {note}" for note in problem.notes]
+    if allocator.name == "global" and session.method.requirements():
+        session.notes.append(
+            "a global ranking compares activation scores across layers, whose scales differ: "
+            "quality usually suffers (use scope row or block)"
+        )
+    return session.ranks.spread(0, plan)
+
+
+def problem_of(session: Session, among: Sequence[Allocator], root: Path | None = None) -> Problem:
+    """What allocators are told of the session's model; their readings cost one dense pass.
+
+    Args:
+        among: the allocators that will be asked; what they read is gathered once for all.
+        root: folder where readings are kept.
+    """
+    readings = [r for allocator in among for r in allocator.readings()]
+    view = session.view
+    return Problem(
+        target=session.recipe.target,
+        shapes=session.shapes,
+        blocks=tuple(tuple(m.name for m in b.matrices) for b in view.blocks if b.matrices),
+        roles={m.name: m.role for m in view.matrices()},
+        readings=gather_readings(session, readings, root) if readings else {},
+        weights=lambda: _weights(session),
+        scores=lambda: _dense_scores(session, root),
+        trial=Trial(session, lambda: _dense_scores(session, root)),
+        progress=session.progress,
     )
+
+
+def _weights(session: Session) -> Iterator[tuple[str, Tensor]]:
+    for block in session.view.blocks:
+        with session.present(block):
+            for m in block.matrices:
+                yield m.name, m.tensor().float()
+
+
+def _saved(session: Session) -> Plan:
+    """A plan from a file, if it is this model's and meets what the recipe asks."""
+    recipe, shapes = session.recipe, session.shapes
+    path = recipe.allocator[0]
+    plan = Plan.load(Path(path))
+    if plan.shapes != shapes:
+        odd = sorted(set(plan.shapes) ^ set(shapes))
+        raise UsageError(
+            f"the plan is of another model ({len(odd)} matrices differ, e.g. "
+            f"{odd[0] if odd else 'in shape'})",
+            field="allocation",
+            value=path,
+        )
+    if "sparsity" in recipe.model_fields_set and plan.target != recipe.target:
+        raise UsageError(
+            f"the plan was made for {plan.target}",
+            field="sparsity",
+            value=str(recipe.target),
+            fix=f"--sparsity {plan.target}, or leave it to the plan",
+        )
+    return plan
 
 
 def _dense_scores(session: Session, root: Path | None) -> Iterator[tuple[str, Tensor]]:
@@ -78,4 +112,4 @@ def _dense_scores(session: Session, root: Path | None) -> Iterator[tuple[str, Te
                     None if sums is None else of_matrix(sums, m),
                     len(session.calibration) if session.calibration else 0,
                 )
-                yield m.name, session.method.score(m.tensor().float(), evidence)
+                yield m.name, session.ranker.score(m.tensor().float(), evidence)

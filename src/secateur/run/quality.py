@@ -6,6 +6,8 @@ its head does not change, so its logits can be had again at any time, one batch 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,11 +48,41 @@ class FinalStates:
         )
         self.replay.start()
         self.fingerprint = windows.fingerprint
+        self._outside: dict[str, Tensor] = {}
         self._where = {
             row.numpy().tobytes(): (b, i)
             for b, ids in enumerate(self.replay.ids)
             for i, row in enumerate(ids)
         }
+
+    def remember_outside(self) -> None:
+        """Keep what lies outside the blocks as it is now: training may change the head.
+
+        The logits are then always those of this moment's final norm and head.
+        """
+        inside = {id(p) for block in self.replay.view.blocks for p in block.module.parameters()}
+        self._outside = {
+            name: parameter.detach().clone()
+            for name, parameter in self.replay.view.model.named_parameters(remove_duplicate=False)
+            if id(parameter) not in inside
+        }
+
+    @contextmanager
+    def _as_remembered(self) -> Iterator[None]:
+        """The remembered tensors in the model for a moment, where they differ."""
+        now = dict(self.replay.view.model.named_parameters(remove_duplicate=False))
+        swapped = {
+            n: now[n].detach().clone()
+            for n, kept in self._outside.items()
+            if not torch.equal(now[n].detach(), kept)
+        }
+        try:
+            for name in swapped:
+                now[name].copy_(self._outside[name])
+            yield
+        finally:
+            for name, value in swapped.items():
+                now[name].copy_(value)
 
     def compute(self, progress: Progress = SILENT, label: str = "evaluating") -> FinalStates:
         """Run all blocks."""
@@ -84,7 +116,8 @@ class FinalStates:
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (B, L, V) of windows given by their token ids (B, L), in any batching."""
         out = []
-        for row in ids.cpu():
-            batch, i = self._where[row.contiguous().numpy().tobytes()]
-            out.append(self.replay.logits_of(batch, i))
+        with self._as_remembered():
+            for row in ids.cpu():
+                batch, i = self._where[row.contiguous().numpy().tobytes()]
+                out.append(self.replay.logits_of(batch, i))
         return torch.cat(out)

@@ -127,6 +127,14 @@ class Ranks:
             for norm in moments.norms:
                 dist.all_reduce(moments.sums[norm])
 
+    def gather(self, item: T) -> list[T]:
+        """Every rank's item (a small object of our own making), in the order of ranks."""
+        everyone: list[Any] = [item]
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, item)
+        return everyone
+
     def spread(self, source: int, item: T | None) -> T:
         """``item`` of rank ``source`` on every rank (a small object of our own making)."""
         box: list[Any] = [item]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from secateur.allocation.plan import Plan
 from secateur.errors import UsageError
 from secateur.evidence.store import EvidenceStore
 from secateur.masks.store import JoinedMasks
-from secateur.methods import Need
+from secateur.methods import Need, methods
+from secateur.methods.structured_base import StructuredMethod
 from secateur.models.loading import Loaded
 from secateur.models.shards import INDEX
 from secateur.models.state import evaluating
@@ -31,9 +32,11 @@ from secateur.run.checkpoint import Checkpoint
 from secateur.run.engine import BlockResult, Engine
 from secateur.run.evidence import gather_gradients
 from secateur.run.finish import finish_checkpoint, verify_zeros
-from secateur.run.folder import RunFolder, writable
+from secateur.run.folder import RECOVERED, RunFolder, writable
 from secateur.run.measure import measure_quality, measure_size, measure_speed
 from secateur.run.planning import make_plan
+from secateur.run.recovered import earlier_cycles, recover, recoverer_of
+from secateur.run.recovery import Recoverer
 from secateur.run.results import assemble, publish
 from secateur.run.session import Session, identity, prepare
 from secateur.run.verifying import reopen
@@ -86,6 +89,21 @@ def execute(
         SecateurError: whatever went wrong, naming field, value and fix. What was finished in
             ``out`` stays there and is taken up by the next run.
     """
+    if issubclass(methods[recipe.method], StructuredMethod):
+        from secateur.run.structured import execute_structured
+
+        return cast(
+            Result,
+            execute_structured(
+                recipe,
+                out=out,
+                loaded=loaded,
+                calibration=calibration,
+                fresh=fresh,
+                progress=progress,
+                command=command,
+            ),
+        )
     if out is not None:
         writable(out)
     elif recipe.stream:
@@ -93,6 +111,7 @@ def execute(
             "a streamed model is written as it is pruned", field="out", fix="--out DIR"
         )
     session = prepare(recipe, loaded, calibration, progress)
+    recoverer = recoverer_of(session, owned=loaded is None)
     with ExitStack() as stack:
         folder = None
         if out is not None:
@@ -104,14 +123,20 @@ def execute(
             folder.save_recipe(recipe)
             folder.event("started", model=session.loaded.name, target=str(recipe.target))
         stack.enter_context(evaluating(session.loaded.model))
-        plan = make_plan(session, evidence or (folder.inner / "evidence" if folder else None))
-        if folder is not None:
-            folder.save("plan.json", plan.record())
+        plan = planned(session, folder, evidence)
         # The dense model is measured now; what is returned measures the pruned one later.
         quality = measure_quality(session, folder)
+        recovered = folder is not None and folder.read(RECOVERED) is not None
+        if recoverer is not None and not recovered:
+            for cycle, earlier in enumerate(earlier_cycles(session)):
+                cut = prune_blocks(earlier, make_plan(earlier))
+                recover(session, recoverer, JoinedMasks(r.masks for r in cut), folder, cycle)
         results = prune_blocks(session, plan, folder, evidence)
-        peak = peak_memory()
         masks: Mapping[str, Tensor] = JoinedMasks(result.masks for result in results)
+        recovery = None
+        if recoverer is not None:
+            recovery = recover_and_compare(session, recoverer, masks, folder, quality)
+        peak = peak_memory()
         if not session.ranks.leads:
             session.ranks.barrier()
             return Result(session.loaded.model, session.loaded.tokenizer, masks, {}, out)
@@ -133,6 +158,7 @@ def execute(
             memory_peak=peak,
             reopened=reopened,
         )
+        report["recovery"] = recovery
         if folder is not None:
             publish(report, folder)
             folder.event("finished", delivered=report["totals"]["delivered"])
@@ -140,6 +166,38 @@ def execute(
         session.ranks.barrier()
     model = None if session.loaded.streamed is not None else session.loaded.model
     return Result(model, session.loaded.tokenizer, masks, report, out)
+
+
+def recover_and_compare(
+    session: Session,
+    recoverer: Recoverer,
+    masks: Mapping[str, Tensor],
+    folder: RunFolder | None,
+    quality: Callable[[], dict[str, Any] | None],
+) -> dict[str, Any]:
+    """Recover the cut model; the record says what its quality was before."""
+    name = "recovery-before.json"
+    before = None if folder is None else folder.read(name)
+    done = folder is not None and folder.read(RECOVERED) is not None
+    if before is None and not done and session.ranks.leads:
+        before = quality()
+        if folder is not None and before is not None:
+            folder.save(name, before)
+    with session.timed("recovery"):
+        record = recover(session, recoverer, masks, folder)
+    return {**record, "before": before}
+
+
+def planned(session: Session, folder: RunFolder | None, evidence: Path | None) -> Plan:
+    """The plan this folder has already, or one made now and kept in it."""
+    record = folder.read("plan.json") if folder is not None and session.ranks.leads else None
+    if session.ranks.spread(0, record is not None):
+        return session.ranks.spread(0, None if record is None else Plan.of_record(record))
+    with session.timed("allocation"):
+        plan = make_plan(session, evidence or (folder.inner / "evidence" if folder else None))
+    if folder is not None:
+        folder.save("plan.json", plan.record())
+    return plan
 
 
 def _proven(session: Session, folder: RunFolder) -> dict[str, Any]:
@@ -163,10 +221,12 @@ def prune_blocks(
     root = evidence or (folder.inner / "evidence" if folder else None)
     with session.timed("gradients"):
         gradients = gather_gradients(session, root)
-    replay = None if session.calibration is None else session.replay(session.calibration)
+    # Windows may have been drawn for the allocator alone.
+    windows = session.calibration if session.needs else None
+    replay = None if windows is None else session.replay(windows)
     engine = Engine(
         view=session.view,
-        method=session.method,
+        method=session.ranker,
         plan=plan,
         scope=session.scope,
         update=session.update,
@@ -177,7 +237,7 @@ def prune_blocks(
         store=dense_store(session, evidence),
         ranks=session.ranks,
         stored=session.loaded.stored if folder is not None else None,
-        sequences=0 if session.calibration is None else len(session.calibration),
+        sequences=0 if windows is None else len(windows),
         reference=list(replay.hidden)
         if replay is not None and session.recipe.reconstruct == "dense"
         else None,

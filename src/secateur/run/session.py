@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from secateur import __version__
+from secateur.allocation import Allocator, allocators
 from secateur.data.windows import Windows, calibration_windows, evaluation_windows
 from secateur.errors import UsageError
+from secateur.evidence.readings import Reading
 from secateur.evidence.replay import Replay, Residency
 from secateur.masks.target import Scope
-from secateur.methods import Method, Need, methods
+from secateur.methods import Described, Method, Need, methods
 from secateur.methods.base import Update
 from secateur.models.anatomy import Block, ModelView
 from secateur.models.loading import Loaded, load
@@ -34,7 +36,7 @@ class Session:
     recipe: Recipe
     loaded: Loaded
     view: ModelView
-    method: Method
+    method: Described
     scope: Scope
     update: Update
     device: torch.device
@@ -45,6 +47,12 @@ class Session:
     timing: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def ranker(self) -> Method:
+        """The method, where single weights are pruned."""
+        assert isinstance(self.method, Method), "structured methods have a run of their own"
+        return self.method
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -91,16 +99,38 @@ class Session:
         )
 
 
-def resolve(recipe: Recipe) -> tuple[Method, Scope, Update]:
+def resolve(recipe: Recipe) -> tuple[Described, Scope, Update]:
     """The method, with what the recipe leaves open filled in from the method's defaults."""
     method = methods[recipe.method].with_options(recipe.options)
     scope = Scope.parse(recipe.scope) if recipe.scope else method.scope
     return method, scope, recipe.update or method.update
 
 
-def needs(method: Method, update: Update) -> frozenset[Need]:
+def needs(method: Described, update: Update) -> frozenset[Need]:
     """Evidence of a method and of the survivors' update together."""
     return method.requirements() | ({Need.GRAM} if update != "none" else frozenset())
+
+
+def allocator_of(recipe: Recipe) -> Allocator | None:
+    """The recipe's allocator with its options; None when the allocation is a saved plan.
+
+    Raises:
+        UsageError: neither an allocator nor a plan; unknown or wrong options.
+    """
+    name, options = recipe.allocator
+    if name.endswith(".json"):
+        if options:
+            raise UsageError("a saved plan has no options", field="allocation", value=options)
+        return None
+    if recipe.scope is not None and Scope.parse(recipe.scope).kind == "global":
+        name, options = "global", {}
+    return allocators[name].with_options(options)
+
+
+def readings_of(recipe: Recipe) -> tuple[Reading, ...]:
+    """What the recipe's allocator reads off the dense model."""
+    allocator = allocator_of(recipe)
+    return () if allocator is None else allocator.readings()
 
 
 def prepare(
@@ -145,7 +175,8 @@ def prepare(
         ranks=ranks,
     )
     spec = recipe.calibration
-    if session.needs:
+    reads = any(r.inputs or r.sample for r in readings_of(recipe))
+    if session.needs or reads:
         session.calibration = calibration_windows(
             spec.text if calibration is None else calibration,
             loaded.tokenizer,
@@ -170,7 +201,7 @@ def prepare(
 def identity(session: Session) -> dict[str, Any]:
     """Everything the pruned weights depend on, and nothing else."""
     recipe = session.recipe.model_dump(mode="json")
-    plan = Path(session.recipe.allocation)
+    plan = Path(session.recipe.allocator[0])
     if plan.suffix == ".json" and plan.exists():
         recipe["allocation"] = hashlib.sha256(plan.read_bytes()).hexdigest()
     for key in ("evaluation", "model", "stream", "device", "trust_remote_code"):

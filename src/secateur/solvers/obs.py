@@ -61,8 +61,7 @@ def factorise(
     """Factor the inverse of a damped second moment, from one Cholesky and one triangular inverse.
 
     With J the reversal of rows and columns and J H J = L L^T, the factor is U = J L^-1 J:
-    the inverse itself is never formed. When H is not positive definite at the damping asked
-    for, float64 is tried, then ten times the damping, and so on up to 1.
+    the inverse itself is never formed. Damped as far as it takes (``damped_cholesky``).
 
     Args:
         moment: (d_in, d_in) E[x x^T] or X^T X; only U's scale depends on which.
@@ -70,6 +69,38 @@ def factorise(
         name: the module, for messages.
         tokens: how many tokens are behind ``moment``, for messages.
         dtype: of the result.
+
+    Raises:
+        NumericsError: see ``damped_cholesky``.
+    """
+    flipped = moment.flip(0, 1)
+    lower, dead, taken = damped_cholesky(flipped, damping, name=name, tokens=tokens, dtype=dtype)
+    return Factor(_inverse_lower(lower).flip(0, 1).to(dtype), dead.flip(0), taken)
+
+
+def damped_cholesky(
+    moment: Tensor,
+    damping: float = 0.01,
+    *,
+    name: str = "weight",
+    tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, float]:
+    """L with L L^T = H + damping mean(diag H) I, raising the damping as far as it takes.
+
+    When H is not positive definite at the damping asked for, float64 is tried, then ten times
+    the damping, and so on up to 1. An input that was always zero gets the mean diagonal.
+
+    Args:
+        moment: (d_in, d_in).
+        damping: added to the diagonal, relative to the mean over inputs that are not dead.
+        name: the module, for messages.
+        tokens: how many tokens are behind ``moment``, for messages.
+        dtype: tried first.
+
+    Returns:
+        L (d_in, d_in) lower triangular, in ``dtype`` or float64; the dead inputs (d_in,) bool;
+        the damping it took.
 
     Raises:
         NumericsError: not finite, no input ever differed from zero, or not positive definite
@@ -88,20 +119,24 @@ def factorise(
             f"'{name}' saw nothing but zeros{seen}, so there is nothing to solve for",
             fix="calibrate with more text, leave the module dense, or use a method without Gram",
         )
-    mean = diagonal[~dead].double().mean()
     attempts = [damping, *(d for d in (1e-4, 1e-3, 1e-2, 0.1, 1.0) if d > damping * 1.001)]
     for attempt in attempts:
         for precision in dict.fromkeys((dtype, torch.float64)):
-            damped = moment.to(precision, copy=True)
-            damped.diagonal().masked_fill_(dead, mean.item()).add_(attempt * mean.item())
-            lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            lower, info = torch.linalg.cholesky_ex(damp(moment, dead, attempt, precision))
             if info.item() == 0 and torch.isfinite(lower.diagonal()).all():
-                upper = _inverse_lower(lower).flip(0, 1).to(dtype)
-                return Factor(upper, dead, attempt)
+                return lower, dead, attempt
     raise NumericsError(
         f"the input moments of '{name}'{seen} cannot be factored, even with damping {attempts[-1]:g}",
         fix="calibrate with more text; the moments may be corrupt (not symmetric, negative)",
     )
+
+
+def damp(moment: Tensor, dead: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+    """A copy of H with ``damping`` times its mean live diagonal added; dead inputs get that mean."""
+    mean = moment.diagonal()[~dead].double().mean().item()
+    damped = moment.to(dtype, copy=True)
+    damped.diagonal().masked_fill_(dead, mean).add_(damping * mean)
+    return damped
 
 
 def _inverse_lower(lower: Tensor) -> Tensor:

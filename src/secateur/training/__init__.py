@@ -1,0 +1,1 @@
+"""Training after (or while) cutting: one loop, and one file for each published procedure."""

@@ -1,0 +1,554 @@
+"""The training loop every procedure shares, on Hugging Face Accelerate.
+
+Only parameters that require gradients are trained, hold optimizer state and are kept in
+checkpoints. A step's windows follow from its number, and so does everything drawn at random
+in it: a training that was killed goes on from its last checkpoint with the losses it would
+have had, and N processes walk through the same global batches as one.
+
+``Hook`` is the way to carry a procedure of its own (masks kept at zero, drawn masks, surgery
+on the way); ``loss`` says what is minimised.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.data.windows import Shuffled, Windows
+from secateur.errors import MissingExtra, NumericsError, UsageError
+from secateur.files import told_plainly
+from secateur.progress import SILENT, Progress
+from secateur.training import checkpoint
+from secateur.training.settings import TrainSettings
+
+_STALE = 50
+"""Losses whose mean is called the last loss."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of one forward: ``ids`` (B, L) int64, ``mask`` (B, L) bool or None."""
+
+    ids: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def predicted(self) -> int:
+        """Tokens whose prediction is scored."""
+        if self.mask is None:
+            return int(self.ids.shape[0] * (self.ids.shape[1] - 1))
+        return int((self.mask[:, 1:] & self.mask[:, :-1]).sum())
+
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""(model, batch) to the mean loss over the batch's predicted tokens."""
+
+
+@dataclass
+class Training:
+    """A training under way, as hooks see it.
+
+    Attributes:
+        model: what is trained.
+        named: the trained parameters by name.
+        step: steps finished so far.
+    """
+
+    model: nn.Module
+    settings: TrainSettings
+    named: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    accelerator: Any
+    step: int = 0
+    options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None
+
+    @property
+    def done(self) -> float:
+        """Share of the steps finished, for schedules."""
+        return self.step / self.settings.steps
+
+    def refresh(self, carry: Callable[[str, str, Tensor], Tensor | None]) -> None:
+        """Take note of parameters that surgery replaced, keeping optimizer state.
+
+        Args:
+            carry: (parameter's name, state's key, old tensor) to what the new parameter starts
+                with, None to start anew. Called for state whose shape no longer fits.
+        """
+        old = checkpoint.optimizer_tensors(self.optimizer, self.named)
+        self.named = trainable(self.model)
+        self.optimizer = make_optimizer(self.named, self.settings, self.options)
+        kept: dict[str, Tensor] = {}
+        for full, value in old.items():
+            name, _, key = full.rpartition("#")
+            parameter = self.named.get(name)
+            if parameter is None:
+                continue
+            fits = value.ndim == 0 or value.shape == parameter.shape
+            new = value if fits else carry(name, key, value)
+            if new is not None:
+                kept[full] = new
+        checkpoint.restore_optimizer(self.optimizer, self.named, kept)
+
+
+class Hook:
+    """What a procedure adds to the loop; every method may be left out."""
+
+    def begin(self, at: Training) -> None:
+        """Before the first step of this process (also of a resumed training)."""
+
+    def before_forward(self, at: Training) -> None:
+        """Before each forward: draw masks, set temperatures."""
+
+    def after_backward(self, at: Training) -> None:
+        """When a step's gradients are complete, before they are clipped."""
+
+    def after_step(self, at: Training) -> None:
+        """After the optimizer's step; ``at.step`` counts it already."""
+
+    def end(self, at: Training) -> None:
+        """After the last step, also when it stopped early."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What has to be kept with a checkpoint, beyond the trained parameters."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor], at: Training) -> None:
+        """Put ``state`` back, before the parameters are (re-do surgery, then ``at.refresh``)."""
+
+
+@dataclass
+class Fitted:
+    """What a training did.
+
+    Attributes:
+        losses: of every step.
+        stopped: ``finished`` or ``early`` (its best state was put back).
+        resumed: the step it went on from.
+    """
+
+    steps: int
+    losses: list[float]
+    trained: int
+    total: int
+    tokens: int
+    seconds: float
+    stopped: str = "finished"
+    resumed: int = 0
+    validations: list[tuple[int, float]] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        last = self.losses[-_STALE:]
+        return {
+            "steps": self.steps,
+            "first_loss": self.losses[0] if self.losses else None,
+            "last_loss": sum(last) / len(last) if last else None,
+            "trained": self.trained,
+            "total": self.total,
+            "share": self.trained / max(1, self.total),
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
+            "stopped": self.stopped,
+            "validations": self.validations,
+        }
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy (nats) of each token given those before it."""
+    mask = {} if batch.mask is None else {"attention_mask": batch.mask.long()}
+    logits: Tensor = model(input_ids=batch.ids, use_cache=False, **mask).logits[:, :-1]
+    targets = batch.ids[:, 1:]
+    if batch.mask is not None:
+        targets = targets.masked_fill(~(batch.mask[:, 1:] & batch.mask[:, :-1]), -100)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require gradients, shared ones once."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def make_optimizer(
+    named: Mapping[str, nn.Parameter],
+    settings: TrainSettings,
+    options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None,
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over ``named``; ``options`` may give a parameter ``lr_scale`` and others."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in named.items():
+        own: dict[str, Any] = {
+            "weight_decay": settings.weight_decay if parameter.dim() > 1 else 0.0
+        }
+        own |= {"lr_scale": 1.0} | dict(options(name, parameter) if options else {})
+        group = groups.setdefault(json.dumps(own, sort_keys=True), {**own, "params": []})
+        group["params"].append(parameter)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(list(groups.values()), lr=settings.lr, momentum=settings.momentum)
+    return torch.optim.AdamW(list(groups.values()), lr=settings.lr, betas=settings.betas)
+
+
+def fit(
+    model: nn.Module,
+    data: Windows,
+    settings: TrainSettings,
+    *,
+    loss: Loss = next_token_loss,
+    hooks: Sequence[Hook] = (),
+    validate: Callable[[], float] | None = None,
+    options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None,
+    folder: Path | None = None,
+    fresh: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+    label: str = "training",
+) -> Fitted:
+    """Train the parameters of ``model`` that require gradients, in place.
+
+    Args:
+        data: windows to draw from, endlessly, each pass in another order.
+        loss: what is minimised.
+        hooks: called in this order.
+        validate: a figure to make small, measured every ``settings.validate_every`` steps;
+            with ``settings.patience`` the best state wins.
+        options: per parameter, what its optimizer group differs in (``lr_scale`` multiplies the
+            rate, ``weight_decay`` replaces the settings').
+        folder: where the checkpoint and ``metrics.jsonl`` lie; a training already there goes on.
+        fresh: throw away what lies there.
+        identity: what else the result depends on; another one is refused on resume.
+
+    Raises:
+        UsageError: nothing to train; the folder holds a training with other settings.
+        NumericsError: the loss or the gradient is not finite; the model is back at its last
+            good state, which is also what the checkpoint holds.
+    """
+    named = trainable(model)
+    if not named:
+        raise UsageError("no parameter is to be trained", field="train", value=[])
+    accelerator = _accelerator(model, settings)
+    at = Training(
+        model, settings, named, make_optimizer(named, settings, options), accelerator,
+        options=options,
+    )  # fmt: skip
+    run = _Run(at, data, loss, tuple(hooks), validate, folder, identity or {})
+    with _own_randomness(), _patient_interrupt() as interrupted:
+        run.restore(fresh)
+        for hook in hooks:
+            hook.begin(at)
+        with progress.stage(label, total=settings.steps, unit="steps") as advance:
+            advance(at.step)
+            started = time.perf_counter()
+            while at.step < settings.steps and not run.stopped_early:
+                value = run.step()
+                passed = time.perf_counter() - started
+                steps = at.step - run.fitted.resumed
+                speed = steps * run.tokens_per_step / passed
+                advance(1, f"loss {value:.4f}, {speed:,.0f} tokens/s")
+                run.fitted.seconds = run.seconds_before + passed
+                run.log(value, speed)
+                run.look()
+                if interrupted():
+                    run.save()
+                    raise KeyboardInterrupt
+        run.finish()
+        for hook in hooks:
+            hook.end(at)
+    return run.fitted
+
+
+class _Run:
+    """One call of ``fit``: its position, its best state and its files."""
+
+    def __init__(
+        self,
+        at: Training,
+        data: Windows,
+        loss: Loss,
+        hooks: tuple[Hook, ...],
+        validate: Callable[[], float] | None,
+        folder: Path | None,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.at, self.loss, self.hooks, self.validate = at, loss, hooks, validate
+        self.data, self.folder = data, folder
+        self.order = Shuffled(data, at.settings.seed)
+        self.device = next(iter(at.named.values())).device
+        self.tokens_per_step = at.settings.batch * data.length
+        total = sum(p.numel() for p in at.model.parameters())
+        trained = sum(p.numel() for p in at.named.values())
+        self.fitted = Fitted(0, [], trained, total, 0, 0.0)
+        self.identity = {
+            **at.settings.identity(),
+            **identity,
+            "data": data.fingerprint,
+            "trained": {n: list(p.shape) for n, p in at.named.items()},
+            "processes": at.accelerator.num_processes,
+        }
+        self.best: dict[str, Tensor] = {}
+        self.best_value, self.worse, self.stopped_early = math.inf, 0, False
+        self.seconds_before = 0.0
+        # Without a folder the last good state is kept in memory.
+        self.good: dict[str, Tensor] = {} if folder else self._copied()
+
+    @property
+    def leads(self) -> bool:
+        return bool(self.at.accelerator.is_main_process)
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {n: p.detach().clone() for n, p in self.at.named.items()}
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def step(self) -> float:
+        """Accumulate, reduce, clip, update; returns the loss over the global batch."""
+        at, settings = self.at, self.at.settings
+        world, rank = at.accelerator.num_processes, at.accelerator.process_index
+        rows = self.order.rows(at.step * settings.batch, settings.batch)
+        whole = self._batch(rows)
+        mine = rows[rank::world]
+        torch.manual_seed(_mixed(settings.seed, at.step, rank))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        size = settings.micro_batch or max(1, len(mine))
+        for start in range(0, len(mine), size):
+            batch = self._batch(mine[start : start + size])
+            for hook in self.hooks:
+                hook.before_forward(at)
+            # Weighted by scored tokens, so that no split into forwards or processes matters.
+            share = batch.predicted / max(1, whole.predicted)
+            with at.accelerator.autocast():
+                value = self.loss(at.model, batch) * share
+            at.accelerator.backward(value)
+            total += value.detach().double()
+        self._reduce(total)
+        for hook in self.hooks:
+            hook.after_backward(at)
+        loss = float(total)
+        norm = nn.utils.clip_grad_norm_(
+            list(at.named.values()), math.inf if settings.clip is None else settings.clip
+        )
+        if not math.isfinite(loss) or not math.isfinite(float(norm)):
+            self._diverged(loss, float(norm))
+        for group in at.optimizer.param_groups:
+            group["lr"] = settings.rate(at.step) * group["lr_scale"]
+        at.optimizer.step()
+        at.optimizer.zero_grad(set_to_none=True)
+        at.step += 1
+        for hook in self.hooks:
+            hook.after_step(at)
+        self.fitted.losses.append(loss)
+        self.fitted.steps = at.step
+        self.fitted.tokens = at.step * self.tokens_per_step
+        return loss
+
+    def _batch(self, rows: list[int]) -> Batch:
+        mask = self.data.mask
+        kept = None if mask is None else mask[rows].to(self.device)
+        return Batch(self.data.ids[rows].to(self.device), kept)
+
+    def _reduce(self, total: Tensor) -> None:
+        """Sum loss and gradients over processes; one message for each type of number."""
+        if self.at.accelerator.num_processes == 1:
+            return
+        torch.distributed.all_reduce(total)
+        by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in self.at.named.values():
+            if parameter.grad is None:  # this process's windows did not reach it
+                parameter.grad = torch.zeros_like(parameter)
+            by_type.setdefault(parameter.dtype, []).append(parameter)
+        for parameters in by_type.values():
+            grads = [p.grad for p in parameters if p.grad is not None]
+            flat = torch.cat([g.reshape(-1) for g in grads])
+            torch.distributed.all_reduce(flat)
+            for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+    def _diverged(self, loss: float, norm: float) -> None:
+        """Back to the last good state, and say so."""
+        self.at.optimizer.zero_grad(set_to_none=True)
+        good, kept = self.good, "the model is as it was before training"
+        if self.folder is not None:
+            found = checkpoint.load(self.folder)
+            good = found[0]["parameter"] if found else {}
+            if found:
+                kept = f"the checkpoint of step {found[1]['step']} is kept"
+        with torch.no_grad():
+            for name, value in good.items():
+                self.at.named[name].copy_(value)
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        raise NumericsError(
+            f"the {what} is not finite at step {self.at.step + 1}; {kept}",
+            field="lr",
+            value=self.at.settings.lr,
+            fix="a lower rate (a third of it), or a longer warm-up",
+        )
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def restore(self, fresh: bool) -> None:
+        """Take up the training that lies in the folder, if any."""
+        if self.folder is None:
+            return
+        if fresh and self.leads:
+            for name in (checkpoint.FILE, checkpoint.METRICS):
+                (self.folder / name).unlink(missing_ok=True)
+        self.at.accelerator.wait_for_everyone()
+        found = checkpoint.load(self.folder)
+        if found is None:
+            self.save()
+            return
+        tensors, record = found
+        checkpoint.refuse_other(record["identity"], self.identity, self.folder)
+        for index, hook in enumerate(self.hooks):
+            own = f"{index}/"
+            hook.restore(
+                {n[len(own) :]: t for n, t in tensors["hook"].items() if n.startswith(own)}, self.at
+            )
+        with torch.no_grad():
+            for name, value in tensors["parameter"].items():
+                self.at.named[name].copy_(value)
+        checkpoint.restore_optimizer(self.at.optimizer, self.at.named, tensors["optimizer"])
+        self.at.step = record["step"]
+        self.best = tensors["best"]
+        self.best_value = math.inf if record["best"] is None else record["best"]
+        self.worse, self.stopped_early = record["worse"], record["stopped"]
+        self.seconds_before = record["seconds"]
+        lines = checkpoint.trim_metrics(self.folder, self.at.step) if self.leads else []
+        fitted = self.fitted
+        fitted.resumed = fitted.steps = self.at.step
+        fitted.losses = [row["loss"] for row in lines if "loss" in row]
+        fitted.validations = [tuple(pair) for pair in record["validations"]]
+        fitted.tokens = self.at.step * self.tokens_per_step
+        fitted.seconds = self.seconds_before
+
+    def save(self) -> None:
+        """Write the checkpoint (rank 0), or remember the good state in memory."""
+        if self.folder is None:
+            self.good = self._copied()
+            return
+        if self.leads:
+            record = {
+                "identity": json.loads(json.dumps(self.identity)),
+                "step": self.at.step,
+                "best": None if math.isinf(self.best_value) else self.best_value,
+                "worse": self.worse,
+                "stopped": self.stopped_early,
+                "seconds": self.fitted.seconds,
+                "validations": self.fitted.validations,
+            }
+            hooked = {
+                f"{i}/{n}": t for i, hook in enumerate(self.hooks) for n, t in hook.state().items()
+            }
+            checkpoint.save(
+                self.folder, self.at.named, self.at.optimizer, self.best, hooked, record
+            )
+        self.at.accelerator.wait_for_everyone()
+
+    def log(self, loss: float, speed: float) -> None:
+        """One line of metrics for the step just done."""
+        if self.folder is None or not self.leads:
+            return
+        rate = self.at.settings.rate(self.at.step - 1)
+        row = {"step": self.at.step, "loss": loss, "lr": rate, "tokens_per_second": round(speed, 1)}
+        self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        assert self.folder is not None
+        path = self.folder / checkpoint.METRICS
+        with told_plainly(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def look(self) -> None:
+        """Validate and save when it is time."""
+        settings, step = self.at.settings, self.at.step
+        last = step == settings.steps
+        if self.validate is not None and (step % settings.validate_every == 0 or last):
+            value = self.validate()
+            self.fitted.validations.append((step, value))
+            if self.folder is not None and self.leads:
+                self._append({"step": step, "validation": value})
+            if value < self.best_value:
+                self.best_value, self.worse = value, 0
+                if settings.patience is not None:
+                    self.best = self._copied()
+            else:
+                self.worse += 1
+                self.stopped_early = settings.patience is not None and (
+                    self.worse >= settings.patience
+                )
+        every = settings.checkpoint_every
+        if last or self.stopped_early or (every is not None and step % every == 0):
+            self.save()
+
+    def finish(self) -> None:
+        """Put the best state back where one was looked for."""
+        self.fitted.stopped = "early" if self.stopped_early else "finished"
+        with torch.no_grad():
+            for name, value in self.best.items():
+                self.at.named[name].copy_(value)
+
+
+# -- surroundings -----------------------------------------------------------------------------
+
+
+def _accelerator(model: nn.Module, settings: TrainSettings) -> Any:
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise MissingExtra("accelerate", "hf", "training") from error
+    device = next(model.parameters()).device
+    half = settings.precision
+    if half == "auto":
+        fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        half = "bf16" if fits else "no"
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's choices
+    return Accelerator(mixed_precision=half, cpu=device.type == "cpu", device_placement=False)
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers."""
+    mixed = 0x9E3779B97F4A7C15
+    for number in numbers:
+        mixed = ((mixed ^ number) * 0xBF58476D1CE4E5B9 + 1) % 2**63
+    return mixed
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Every step seeds torch for itself; the caller's generators go on as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _patient_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the step end and the checkpoint be written, the second does not."""
+    asked = False
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
