@@ -146,6 +146,9 @@ class Recovery(_Part):
         default_factory=list, description="adapters only on these roles or names; none: all"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="of adapters")
+    every: int = Field(
+        1, ge=1, description="of mask-lora: its mask takes part in every so many steps only"
+    )
     samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
     unit: Literal["block", "matrix"] = Field(
         "block", description="what reconstruct trains at a time"
