@@ -67,16 +67,17 @@ class Evaluation(_Part):
 class Structure(_Part):
     """What a structured method cuts, and how the target is counted."""
 
-    kinds: tuple[Literal["head", "ffn", "kv_group", "stem", "layer"], ...] = Field(
-        ("head", "ffn"), min_length=1, description="kinds of units that go"
+    kinds: tuple[Literal["head", "ffn", "kv_group", "stem", "layer"], ...] | None = Field(
+        None, min_length=1, description="kinds of units that go; null: the method's"
     )
     gqa: Literal["groups", "even", "duplicate"] = Field(
         "groups",
         description="heads that share keys and values: whole groups, the same number of query "
         "heads in each, or any (each then gets its own copy of keys and values)",
     )
-    ranking: Literal["local", "global"] = Field(
-        "local", description="units compete within their group, or with all of their kind"
+    ranking: Literal["local", "global"] | None = Field(
+        None,
+        description="units compete within their group, or with all of their kind; null: the method's",
     )
     target_kind: Literal["ratio", "parameters", "flops", "latency"] = Field(
         "ratio",
