@@ -276,6 +276,14 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
         target = self.target
+        if self.stream and self.recovery is not None:
+            raise UsageError(
+                "a recovery trains a model that is in memory, and this one is streamed from disk",
+                field="recovery",
+                value=self.recovery.method,
+                fix="drop --stream; or prune first, then, from Python, "
+                "secateur.training.reconstruction.Reconstruction with resident=...",
+            )
         if target.is_pattern and self.scope not in (None, "row"):
             raise UsageError(
                 f"an N:M pattern is chosen inside groups of {target.group} inputs, so no scope applies",

@@ -160,6 +160,13 @@ class Reconstruction:
         started = time.perf_counter()
         world = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
+        if len(data) < world:
+            raise UsageError(
+                f"{world} processes have nothing to share",
+                field="recovery.samples",
+                value=len(data),
+                fix="more text, or fewer processes",
+            )
         per_process = max(1, self.settings.batch // world)
         micro = min(self.settings.micro_batch or per_process, per_process)
         self._per_step = max(1, per_process // micro)
@@ -206,6 +213,10 @@ class Reconstruction:
         with replay.resident(block):
             if record is None:
                 record, outputs = self._repair(block, dense, wanted)
+                if block is self.view.blocks[0]:
+                    size = sum(p.numel() for p in block.module.parameters())
+                    share = record["trained"] / max(1, size)
+                    self.progress.note(f"training {share:.3%} of each block's parameters")
                 done.save(block, record)
             else:
                 done.restore(block)
