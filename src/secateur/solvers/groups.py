@@ -57,3 +57,26 @@ def group_scores(weight: Tensor, blocks: Tensor, rule: str = "slimgpt") -> Tenso
 def _square_columns(weight: Tensor) -> Tensor:
     """||W_:t||^2 by group and column, (n, size)."""
     return torch.linalg.vector_norm(weight, dim=0).square_()
+
+
+def with_constant(
+    weight: Tensor, bias: Tensor, moment: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """W and H with the bias as one more column, whose input is always 1.
+
+    In no group, that column always stays, so whatever solves for W lets the bias take over
+    the mean of what is removed.
+
+    Args:
+        weight: (d_out, c).
+        bias: (d_out,).
+        moment: (c, c) E[x x^T].
+        mean: (c,) E[x].
+
+    Returns:
+        (d_out, c + 1) and (c + 1, c + 1).
+    """
+    edge = mean.to(moment).unsqueeze(1)
+    one = torch.ones(1, 1, dtype=moment.dtype, device=moment.device)
+    wide = torch.cat([torch.cat([moment, edge], 1), torch.cat([edge.T, one], 1)])
+    return torch.cat([weight, bias.to(weight).unsqueeze(1)], 1), wide
