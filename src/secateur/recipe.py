@@ -64,6 +64,22 @@ class Evaluation(_Part):
     speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
 
 
+class Search(_Part):
+    """The text an allocator that searches tries its plans on."""
+
+    text: str | None = Field(
+        None, description="file or named corpus, never evaluated on; null: the calibration's"
+    )
+    samples: int = Field(16, ge=1, description="sequences a plan is judged on")
+    length: int | None = Field(
+        None, ge=2, description="tokens in each; null: the calibration's, or 512"
+    )
+    seed: int = Field(1, ge=0, description="which windows of the text are drawn")
+    fitness: Literal["kl", "perplexity"] = Field(
+        "kl", description="KL divergence from the dense model's predictions, or perplexity"
+    )
+
+
 class Recovery(_Part):
     """Training after the cut, with the mask kept."""
 
@@ -153,6 +169,7 @@ class Recipe(_Part):
         None, description="path of the list of blocks, if not found by itself"
     )
     calibration: Calibration = Calibration()
+    search: Search = Search()
     propagate: Literal["pruned", "dense"] = Field(
         "pruned", description="what later blocks are calibrated on"
     )
@@ -280,6 +297,7 @@ class Recipe(_Part):
 _PARTS: dict[str, type[_Part]] = {
     "calibration": Calibration,
     "evaluation": Evaluation,
+    "search": Search,
     "recovery": Recovery,
 }
 
