@@ -64,6 +64,37 @@ class Evaluation(_Part):
     speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
 
 
+class Structure(_Part):
+    """What a structured method cuts, and how the target is counted."""
+
+    kinds: tuple[Literal["head", "ffn", "kv_group", "stem", "layer"], ...] = Field(
+        ("head", "ffn"), min_length=1, description="kinds of units that go"
+    )
+    gqa: Literal["groups", "even", "duplicate"] = Field(
+        "groups",
+        description="heads that share keys and values: whole groups, the same number of query "
+        "heads in each, or any (each then gets its own copy of keys and values)",
+    )
+    ranking: Literal["local", "global"] = Field(
+        "local", description="units compete within their group, or with all of their kind"
+    )
+    target_kind: Literal["ratio", "parameters", "flops", "latency"] = Field(
+        "ratio",
+        description="sparsity is the share of the units' weights, of the model's parameters, of "
+        "its FLOPs, or of its measured time on this machine",
+    )
+    context: int = Field(512, ge=1, description="tokens for which FLOPs and time are counted")
+    round_to: int = Field(1, ge=1, description="widths that stay are multiples of this (8, 64)")
+    uniform: bool = Field(False, description="the same widths in every layer")
+    align: bool = Field(
+        False, description="round each width up or down where measured times say that it pays"
+    )
+    protect: list[int] = Field(
+        default_factory=list, description="blocks left alone; -1 is the last"
+    )
+    at_least: int = Field(1, ge=1, description="units that stay in every group")
+
+
 class Search(_Part):
     """The text an allocator that searches tries its plans on."""
 
@@ -110,6 +141,15 @@ class Recovery(_Part):
     alpha: float = Field(32.0, gt=0, description="adapters are multiplied by alpha / rank")
     init: Literal["broken", "ones"] = Field(
         "broken", description="how scale-lora starts; 'ones' as published"
+    )
+    samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
+    unit: Literal["block", "matrix"] = Field(
+        "block", description="what reconstruct trains at a time"
+    )
+    targets: Literal["pruned", "dense"] = Field(
+        "pruned",
+        description="reconstruct's wanted outputs: the dense block's on what the pruned one sees, "
+        "or the dense model's own",
     )
     add_biases: bool = Field(False, description="give linears biases where they have none")
     distil: float = Field(
@@ -161,6 +201,7 @@ class Recipe(_Part):
         "uniform",
         description="see 'secateur allocators': a name, {name: ..., its options}, or a plan.json",
     )
+    structure: Structure = Structure()
     include: list[str] = Field(
         default_factory=list, description="only matrices matching these globs"
     )
@@ -297,6 +338,7 @@ class Recipe(_Part):
 _PARTS: dict[str, type[_Part]] = {
     "calibration": Calibration,
     "evaluation": Evaluation,
+    "structure": Structure,
     "search": Search,
     "recovery": Recovery,
 }

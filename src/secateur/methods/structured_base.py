@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secateur.data.windows import Windows
 from secateur.evidence.statistics import InputMoments
-from secateur.methods.base import Described
+from secateur.methods.base import Described, Need
 from secateur.models.units import Group
 from secateur.progress import SILENT, Progress
 
@@ -58,6 +58,15 @@ class ScoreJob:
         """(ids (B, L), mask (B, L) bool or None) of all calibration windows, on the CPU."""
         assert self.windows is not None, "the method did not say that it needs data"
         return self.windows.batches(self.batch_tokens)
+
+    def samples(self) -> list[dict[str, Tensor]]:
+        """The same as the model's keyword inputs, on its device."""
+        device = next(self.model.parameters()).device
+        return [
+            {"input_ids": ids.to(device)}
+            | ({} if mask is None else {"attention_mask": mask.long().to(device)})
+            for ids, mask in self.batches()
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +124,10 @@ class StructuredMethod(Described):
     kinds: ClassVar[frozenset[str]] = frozenset({"head", "kv_group", "ffn", "stem", "layer"})
     """Kinds of units it can rank."""
     needs_data: ClassVar[bool] = True
+
+    def requirements(self) -> frozenset[Need]:
+        """Calibration data, if the method looks at any."""
+        return frozenset({Need.INPUTS}) if self.needs_data else frozenset()
 
     @property
     def rounds(self) -> int:

@@ -43,6 +43,8 @@ from secateur.training.subsets import choose
 if TYPE_CHECKING:
     from secateur.training.recoveries import Task
 
+SAMPLES = 128
+"""Windows gone round in every block, as PERP's code has it."""
 UNITS = ("block", "matrix")
 STREAMS = ("pruned", "dense")
 
@@ -95,6 +97,8 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         subsets, self.kind = parts(self.train)
+        if self.kind is not None:
+            self._options(0)  # refused now rather than at the first block
         self.subsets = [name for name in subsets if name != "head"]
         if not self.subsets and self.kind is None:
             raise UsageError(
@@ -122,6 +126,13 @@ class Reconstruction:
                 field="train",
                 value=list(self.train),
                 fix="an adapter, biases or all; or unit: block",
+            )
+        if self.unit == "matrix" and self.targets == "dense":
+            raise UsageError(
+                "a single matrix is fitted to the dense matrix on the inputs it now sees",
+                field="targets",
+                value="dense",
+                fix="unit: block, or targets: pruned",
             )
         self._same_blocks()
 
@@ -366,7 +377,7 @@ class Reconstruction:
         return named
 
     def _options(self, index: int) -> AdapterOptions:
-        options = AdapterOptions(cast(Kind, self.kind), **dict(self.adapter))
+        options = AdapterOptions.of(cast(Kind, self.kind), self.adapter)
         return replace(options, seed=options.seed + index, head=False)
 
     def _fit(
@@ -452,6 +463,12 @@ def recover(task: Task) -> dict[str, Any]:
             field="teacher",
             fix="give the run's folder, or --teacher MODEL",
         )
+    how = dict(task.reconstruction)
+    samples = int(how.pop("samples", SAMPLES))
+    data, mask = task.data, task.data.mask
+    if len(data) > samples:
+        rows = slice(0, samples)  # they come in a drawn order already
+        data = Windows(data.ids[rows], None if mask is None else mask[rows], data.record)
     return Reconstruction(
         task.view,
         task.masks,
@@ -462,4 +479,5 @@ def recover(task: Task) -> dict[str, Any]:
         folder=task.folder,
         identity=task.identity,
         progress=task.progress,
-    ).run(task.data)
+        **how,
+    ).run(data)
