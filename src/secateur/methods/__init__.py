@@ -13,6 +13,7 @@ methods: Registry[type[Described]] = Registry(
         "ria": "secateur.methods.ria:RIA",
         "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
         "random": "secateur.methods.magnitude:Random",
+        "slimgpt": "secateur.methods.slimgpt:SlimGPT",
         "unit-magnitude": "secateur.methods.unit_baselines:UnitMagnitude",
         "unit-random": "secateur.methods.unit_baselines:UnitRandom",
     },

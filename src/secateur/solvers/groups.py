@@ -59,24 +59,11 @@ def _square_columns(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=0).square_()
 
 
-def with_constant(
-    weight: Tensor, bias: Tensor, moment: Tensor, mean: Tensor
-) -> tuple[Tensor, Tensor]:
-    """W and H with the bias as one more column, whose input is always 1.
+def centred(moment: Tensor, mean: Tensor) -> Tensor:
+    """E[x x^T] - E[x] E[x]^T (c, c), float64: the moments that count where there is a bias.
 
-    In no group, that column always stays, so whatever solves for W lets the bias take over
-    the mean of what is removed.
-
-    Args:
-        weight: (d_out, c).
-        bias: (d_out,).
-        moment: (c, c) E[x x^T].
-        mean: (c,) E[x].
-
-    Returns:
-        (d_out, c + 1) and (c + 1, c + 1).
+    A bias free to move makes up for the mean of every change: the best one is
+    b' = b + (W - W') E[x], and what is left of the error sees the inputs less their mean.
     """
-    edge = mean.to(moment).unsqueeze(1)
-    one = torch.ones(1, 1, dtype=moment.dtype, device=moment.device)
-    wide = torch.cat([torch.cat([moment, edge], 1), torch.cat([edge.T, one], 1)])
-    return torch.cat([weight, bias.to(weight).unsqueeze(1)], 1), wide
+    away = mean.double()
+    return moment.double() - torch.outer(away, away)
