@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # Resolved on first use, so that importing secateur does not import torch.
 _LAZY = {
     "prune": "secateur.api",
+    "allocate": "secateur.api",
     "evaluate": "secateur.api",
     "load_pruned": "secateur.export.loading",
     "Recipe": "secateur.recipe",
@@ -31,13 +32,14 @@ __all__ = [
     "Target",
     "UsageError",
     "__version__",
+    "allocate",
     "evaluate",
     "load_pruned",
     "prune",
 ]
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, prune
+    from secateur.api import allocate, evaluate, prune
     from secateur.errors import SecateurError, UsageError
     from secateur.export.loading import load_pruned
     from secateur.masks.target import Target

@@ -13,7 +13,7 @@ from secateur.models.state import evaluating
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Recipe
 from secateur.run.planning import make_plan, problem_of
-from secateur.run.session import prepare, readings_of
+from secateur.run.session import allocator_of, prepare, readings_of
 
 
 def allocate_plan(
@@ -33,9 +33,18 @@ def allocate_plan(
         evidence: folder where what is read off the model is kept for other plans.
         progress: where to report.
     """
-    session = prepare(recipe, loaded, calibration, progress)
+    session = prepare(_lean(recipe), loaded, calibration, progress)
     with evaluating(session.loaded.model):
         return make_plan(session, evidence)
+
+
+def _lean(recipe: Recipe) -> Recipe:
+    """Without a method, where its scores are not asked for: then it needs no calibration."""
+    allocator = allocator_of(recipe)
+    if allocator is not None and (allocator.ranks_scores or allocator.searches):
+        return recipe
+    free = {"method": "magnitude", "options": {}, "update": "none", "reconstruct": "block"}
+    return recipe.model_copy(update=free)
 
 
 def compare_allocators(
