@@ -136,15 +136,15 @@ def test_nan_stops_and_names_the_part():
 
 
 @pytest.mark.parametrize(
-    ("unit", "targets"), [("block", "pruned"), ("block", "dense"), ("matrix", "pruned")]
+    ("unit", "stream"), [("block", "pruned"), ("block", "dense"), ("matrix", "pruned")]
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_every_block_and_the_whole_come_closer_and_zeros_stay(family, unit, targets):
+def test_every_block_and_the_whole_come_closer_and_zeros_stay(family, unit, stream):
     model, view, masks, dense = cut(family)
     before = distance(model, dense)
     names = list(model.state_dict())
     train = ("mask-lora",) if unit == "matrix" else ("norms", "mask-lora")
-    record = repair(view, masks, dense, train, unit=unit, targets=targets)
+    record = repair(view, masks, dense, train, unit=unit, stream=stream)
     assert all(b["kept"] and b["after"] < b["before"] for b in record["blocks"])
     assert distance(model, dense) < before
     assert all((m.tensor()[masks[m.name]] == 0).all() for m in view.matrices())
@@ -221,10 +221,10 @@ def test_padded_windows():
 # -- stopped and gone on ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", ["pruned", "dense"])
-def test_stopped_after_a_block_it_goes_on_to_the_same_weights(tmp_path, targets, monkeypatch):
+@pytest.mark.parametrize("stream", ["pruned", "dense"])
+def test_stopped_after_a_block_it_goes_on_to_the_same_weights(tmp_path, stream, monkeypatch):
     model, view, masks, dense = cut(num_hidden_layers=3)
-    repair(view, masks, dense, targets=targets)
+    repair(view, masks, dense, stream=stream)
     whole = model.state_dict()
 
     model, view, masks, dense = cut(num_hidden_layers=3)
@@ -237,7 +237,7 @@ def test_stopped_after_a_block_it_goes_on_to_the_same_weights(tmp_path, targets,
 
     monkeypatch.setattr(Reconstruction, "_repair", stops)
     with pytest.raises(KeyboardInterrupt):
-        repair(view, masks, dense, targets=targets, folder=tmp_path)
+        repair(view, masks, dense, stream=stream, folder=tmp_path)
     monkeypatch.setattr(Reconstruction, "_repair", trained)
 
     model, view, masks, dense = cut(num_hidden_layers=3)
@@ -245,7 +245,7 @@ def test_stopped_after_a_block_it_goes_on_to_the_same_weights(tmp_path, targets,
     monkeypatch.setattr(
         Reconstruction, "_repair", lambda s, b, *r: done.append(b.index) or trained(s, b, *r)
     )
-    record = repair(view, masks, dense, targets=targets, folder=tmp_path)
+    record = repair(view, masks, dense, stream=stream, folder=tmp_path)
     assert done == [2]
     assert [b["block"] for b in record["blocks"]] == [0, 1, 2]
     assert all(torch.equal(t, whole[n]) for n, t in model.state_dict().items())
@@ -256,8 +256,8 @@ def test_another_setting_does_not_go_on(tmp_path):
     repair(view, masks, dense, folder=tmp_path)
     _, view, masks, dense = cut()
     with pytest.raises(UsageError) as error:
-        repair(view, masks, dense, targets="dense", folder=tmp_path)
-    assert error.value.field == "targets"
+        repair(view, masks, dense, stream="dense", folder=tmp_path)
+    assert error.value.field == "stream"
 
 
 def test_streamed_from_disk_it_gives_the_same_weights(tmp_path, tiny_folder):
@@ -344,8 +344,8 @@ def test_two_processes_agree_with_one(tmp_path):
         ({"train": ("lora",)}, "train"),  # would fill the zeros
         ({"train": ("norms",), "unit": "matrix"}, "train"),
         ({"unit": "window"}, "unit"),
-        ({"targets": "mine"}, "targets"),
-        ({"targets": "dense", "unit": "matrix", "train": ("all",)}, "targets"),
+        ({"stream": "mine"}, "stream"),
+        ({"stream": "dense", "unit": "matrix", "train": ("all",)}, "stream"),
         ({"adapter": {"rnk": 4}}, "rnk"),
         ({"adapter": {"rank": "many"}}, "rank"),
         ({"adapter": {"rank": 0}}, "rank"),

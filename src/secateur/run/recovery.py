@@ -111,7 +111,10 @@ class Recoverer:
         loss: Loss = next_token_loss
         if spec.distil > 0 and teacher is not None:
             loss = distillation_loss(teacher, spec.distil, spec.temperature)
-        adapter = {"rank": spec.rank, "alpha": spec.alpha, "init": spec.init, "seed": spec.seed}
+        adapter = {
+            key: getattr(spec, key)
+            for key in ("rank", "alpha", "init", "seed", "dropout", "targets")
+        }
         own = {"distil": spec.distil, "temperature": spec.temperature if spec.distil else None}
         task = Task(
             self.view,
@@ -120,6 +123,7 @@ class Recoverer:
             self.settings,
             self.train,
             adapter=adapter if parts(self.train)[1] else {},
+            reconstruction={key: getattr(spec, key) for key in ("samples", "unit", "stream")},
             loss=loss,
             validate=self._validate if self.held is not None else None,
             teacher=None if teacher is None else lambda: teacher,

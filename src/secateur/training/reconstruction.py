@@ -73,8 +73,8 @@ class Reconstruction:
         train: subsets and at most one kind of adapter (``perp.parts``); a head has no block.
         adapter: options of that adapter.
         unit: train a whole ``block`` at a time, or each group of matrices with a common input.
-        targets: wanted outputs are the dense block's on the ``pruned`` stream, or those of the
-            ``dense`` model's own stream.
+        stream: wanted outputs are the dense block's on what the ``pruned`` model feeds it, or on
+            what the ``dense`` model does.
         resident: makes a block of ``view`` present.
         written: called with each repaired block while it is present, also on resuming.
         folder: where finished blocks are kept; the same call goes on from there.
@@ -88,7 +88,7 @@ class Reconstruction:
     train: Sequence[str]
     adapter: Mapping[str, Any] = field(default_factory=dict)
     unit: Literal["block", "matrix"] = "block"
-    targets: Literal["pruned", "dense"] = "pruned"
+    stream: Literal["pruned", "dense"] = "pruned"
     resident: Residency | None = None
     written: Any = None
     folder: Path | None = None
@@ -116,7 +116,7 @@ class Reconstruction:
             )
         for name, value, known in (
             ("unit", self.unit, UNITS),
-            ("targets", self.targets, STREAMS),
+            ("stream", self.stream, STREAMS),
         ):
             if value not in known:
                 raise UsageError("unknown", field=name, value=value, fix=f"one of {known}")
@@ -127,12 +127,12 @@ class Reconstruction:
                 value=list(self.train),
                 fix="an adapter, biases or all; or unit: block",
             )
-        if self.unit == "matrix" and self.targets == "dense":
+        if self.unit == "matrix" and self.stream == "dense":
             raise UsageError(
                 "a single matrix is fitted to the dense matrix on the inputs it now sees",
-                field="targets",
+                field="stream",
                 value="dense",
-                fix="unit: block, or targets: pruned",
+                fix="unit: block, or stream: pruned",
             )
         self._same_blocks()
 
@@ -194,7 +194,7 @@ class Reconstruction:
         """One block: wanted outputs, training unless it is done, inputs of the next."""
         replay = self.replay
         record = done.record(block)
-        follow = self.targets == "dense"
+        follow = self.stream == "dense"
         wanted: list[Tensor] = []
         if record is None or follow:
             given = stream if follow else replay.hidden
@@ -407,7 +407,7 @@ class Reconstruction:
             "train": list(self.train),
             "adapter": dict(self.adapter),
             "unit": self.unit,
-            "targets": self.targets,
+            "stream": self.stream,
             "data": data.fingerprint,
             "processes": world,
             **self.identity,
@@ -422,7 +422,7 @@ class Reconstruction:
             "method": "reconstruct",
             "train": list(self.train),
             "unit": self.unit,
-            "targets": self.targets,
+            "stream": self.stream,
             "windows": windows,
             "steps": self.settings.steps,
             "trained": trained,
