@@ -190,6 +190,19 @@ def test_the_trial_of_a_problem_is_lazy_and_remembers(tiny_folder, monkeypatch):
     assert problem.trial.trials.evaluations == 2
 
 
+def test_what_was_tried_is_not_tried_again_after_a_kill(tiny_folder, tmp_path):
+    session = session_of(tiny_folder("llama"))
+    problem, (plan, other) = plans(session)
+    first = Trial(session, problem.scores, tmp_path)
+    value = first(plan)
+    second = Trial(session_of(tiny_folder("llama")), problem.scores, tmp_path)
+    assert second(plan) == value
+    assert second.trials is None  # not even opened
+    assert second(other) == first(other)
+    elsewhere = session_of(tiny_folder("llama"), search={"samples": 4, "seed": 5})
+    assert Trial(elsewhere, problem.scores, tmp_path)(plan) != value
+
+
 def test_text_of_the_evaluation_is_refused():
     text = {"text": "pydoc:test", "length": 64}
     session = session_of(

@@ -57,7 +57,7 @@ def problem_of(session: Session, among: Sequence[Allocator], root: Path | None =
         readings=gather_readings(session, readings, root) if readings else {},
         weights=lambda: _weights(session),
         scores=lambda: _dense_scores(session, root),
-        trial=Trial(session, lambda: _dense_scores(session, root)),
+        trial=Trial(session, lambda: _dense_scores(session, root), root),
         progress=session.progress,
     )
 
