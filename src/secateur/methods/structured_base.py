@@ -123,6 +123,10 @@ class StructuredMethod(Described):
     driver: ClassVar[Literal["score", "blocks"]] = "score"
     kinds: ClassVar[frozenset[str]] = frozenset({"head", "kv_group", "ffn", "stem", "layer"})
     """Kinds of units it can rank."""
+    usual_kinds: ClassVar[tuple[str, ...]] = ("head", "ffn")
+    """What it cuts where the recipe names no kinds."""
+    usual_ranking: ClassVar[Literal["local", "global"]] = "local"
+    """How its units compete where the recipe does not say (local if widths are to be alike)."""
     needs_data: ClassVar[bool] = True
 
     def requirements(self) -> frozenset[Need]:

@@ -30,9 +30,9 @@ from secateur.recipe import Recipe
 from secateur.run.folder import RunFolder, writable
 from secateur.run.measure import measure_quality
 from secateur.run.results import publish
-from secateur.run.session import Session, identity, prepare
+from secateur.run.session import Session, identity, prepare, resolve
 from secateur.run.structured_blocks import prune_unit_blocks
-from secateur.run.structured_plan import choose_globally, structured_plan
+from secateur.run.structured_plan import choose_globally, protected_blocks, structured_plan
 from secateur.run.structured_results import assemble_structured, measure_structured_speed
 from secateur.run.structured_saving import save_structured
 
@@ -52,6 +52,7 @@ def execute_structured(
     """Run a recipe whose method removes whole units; arguments as of ``runner.execute``."""
     from secateur.run.runner import Result, peak_memory
 
+    recipe = _settled(recipe)
     _refuse(recipe)
     if out is not None:
         writable(out)
@@ -115,6 +116,20 @@ def execute_structured(
     return Result(model, session.loaded.tokenizer, mask.gone, report, out)
 
 
+def _settled(recipe: Recipe) -> Recipe:
+    """The recipe with the structure it leaves open filled in from the method."""
+    method = cast(StructuredMethod, resolve(recipe)[0])
+    structure = recipe.structure
+    usual = "local" if structure.uniform or structure.round_to > 1 else method.usual_ranking
+    filled = structure.model_copy(
+        update={
+            "kinds": structure.kinds or method.usual_kinds,
+            "ranking": structure.ranking or usual,
+        }
+    )
+    return recipe.model_copy(update={"structure": filled})
+
+
 def _refuse(recipe: Recipe) -> None:
     """Settings that mean nothing where whole units go."""
     if recipe.target.is_pattern:
@@ -159,7 +174,7 @@ def _refuse(recipe: Recipe) -> None:
 
 def _units(session: Session, method: StructuredMethod) -> Units:
     structure = session.recipe.structure
-    units = units_of(session.loaded.model, structure.kinds, structure.gqa)
+    units = units_of(session.loaded.model, structure.kinds or (), structure.gqa)
     for group in units:
         wrong = group.kind not in method.kinds
         if wrong or (method.driver == "blocks" and group.block is None):
@@ -178,7 +193,7 @@ def _dense_beside(session: Session) -> Session:
     They are made from stored hidden states by the model's own head and call of its blocks,
     which a cut of the residual width or of layers changes: then a copy of the model is kept.
     """
-    lasting = not {"stem", "layer"} & set(session.recipe.structure.kinds)
+    lasting = not {"stem", "layer"} & set(session.recipe.structure.kinds or ())
     if lasting or session.evaluation is None:
         return session
     return replace(
@@ -217,7 +232,9 @@ def _prune_by_score(
     if start:
         apply_mask(session.loaded.model, mask)
     records: dict[str, GroupRecord] = {}
-    groups = [g for g in units if plan.units[g.key].removed or structure.ranking == "global"]
+    kept = protected_blocks(session, structure)
+    compete = structure.ranking == "global"
+    groups = [g for g in units if plan.units[g.key].removed or (compete and g.block not in kept)]
     with session.progress.stage("pruning", total=method.rounds, unit="rounds") as advance:
         advance(start)
         for number in range(start, method.rounds):
@@ -240,7 +257,7 @@ def _prune_by_score(
                 _check_scores(group, scores, gone[group.key])
             part = (number + 1) / method.rounds
             counts = {g.key: _step(g, plan.units[g.key].removed, part) for g in groups}
-            if structure.ranking == "global":
+            if compete:
                 counts = choose_globally(groups, scores, gone, plan, part, structure)
             for group in groups:
                 chosen = lowest(scores[group.key], counts[group.key], gone[group.key], group.even)

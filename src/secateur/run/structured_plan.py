@@ -54,7 +54,7 @@ def structured_plan(session: Session, units: Units) -> Plan:
         ratios = wished.ratios
         sizes = {n: rows * columns for n, (rows, columns) in wished.shapes.items()}
         provenance["wished_by"] = wished.provenance
-    protect = _protected(session, structure)
+    protect = protected_blocks(session, structure)
 
     def counts(part: float, kind: str = "ratio", total: float | None = None) -> dict[str, UnitCut]:
         return structured_counts(
@@ -135,7 +135,12 @@ def _plan(target: Target, cuts: dict[str, UnitCut], provenance: dict[str, object
     return Plan(target, {}, {}, provenance, {}, cuts)
 
 
-def _protected(session: Session, structure: Structure) -> frozenset[int]:
+def protected_blocks(session: Session, structure: Structure) -> frozenset[int]:
+    """Numbers of the blocks that are left alone.
+
+    Raises:
+        UsageError: a number the model has no block for.
+    """
     blocks = len(session.view.blocks)
     for number in structure.protect:
         if not -blocks <= number < blocks:
