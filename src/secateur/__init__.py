@@ -18,6 +18,8 @@ _LAZY = {
     "allocate": "secateur.api",
     "evaluate": "secateur.api",
     "load_pruned": "secateur.export.loading",
+    "save_pruned": "secateur.export.pruned",
+    "prune_heads": "secateur.methods.heads",
     "Recipe": "secateur.recipe",
     "Result": "secateur.run.runner",
     "Target": "secateur.masks.target",
@@ -36,13 +38,17 @@ __all__ = [
     "evaluate",
     "load_pruned",
     "prune",
+    "prune_heads",
+    "save_pruned",
 ]
 
 if TYPE_CHECKING:
     from secateur.api import allocate, evaluate, prune
     from secateur.errors import SecateurError, UsageError
     from secateur.export.loading import load_pruned
+    from secateur.export.pruned import save_pruned
     from secateur.masks.target import Target
+    from secateur.methods.heads import prune_heads
     from secateur.recipe import Recipe
     from secateur.run.runner import Result
 
