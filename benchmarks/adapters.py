@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("time", "memory"))
     parser.add_argument("--kinds", nargs="*", default=TIMED, help="what is timed, after lora")
     parser.add_argument("--child", choices=KIND_NAMES)
     given = parser.parse_args()
@@ -186,7 +187,7 @@ def main() -> None:
         return
     kinds = tuple(dict.fromkeys(("lora", *given.kinds)))
     held = {}
-    for kind in kinds:
+    for kind in kinds if given.only != "time" else ():
         if kind == "peft":
             continue
         got = in_fresh_process(
@@ -196,7 +197,6 @@ def main() -> None:
         )  # fmt: skip
         held[kind] = got
         print(f"  memory of a step, {kind}: {got['held'] / MIB:.0f} MiB", flush=True)
-    model = shortened(given.model, given.blocks or None)
     figures: dict[str, Any] = {
         "clock": "process CPU seconds, one thread",
         "model": given.model,
@@ -204,12 +204,15 @@ def main() -> None:
         "windows": list(shape),
         "rank": RANK,
         "limit": LIMIT,
-        "memory": held,
-        "memory_times_lora": {
-            k: round(v["held"] / held["lora"]["held"], 3) for k, v in held.items()
-        },
-        "time": measure_time(model, *shape, given.rounds, kinds),
     }
+    if held:
+        figures["memory"] = held
+        figures["memory_times_lora"] = {
+            kind: round(got["held"] / held["lora"]["held"], 3) for kind, got in held.items()
+        }
+    if given.only != "memory":
+        model = shortened(given.model, given.blocks or None)
+        figures["time"] = measure_time(model, *shape, given.rounds, kinds)
     finish("adapters", figures, given.json)
 
 

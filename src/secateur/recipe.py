@@ -147,6 +147,9 @@ class Recovery(_Part):
         default_factory=list, description="adapters only on these roles or names; none: all"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="of adapters")
+    every: int = Field(
+        1, ge=1, description="of mask-lora: its mask takes part in every so many steps only"
+    )
     samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
     unit: Literal["block", "matrix"] = Field(
         "block", description="what reconstruct trains at a time"
@@ -273,6 +276,14 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
         target = self.target
+        if self.stream and self.recovery is not None:
+            raise UsageError(
+                "a recovery trains a model that is in memory, and this one is streamed from disk",
+                field="recovery",
+                value=self.recovery.method,
+                fix="drop --stream; or prune first, then, from Python, "
+                "secateur.training.reconstruction.Reconstruction with resident=...",
+            )
         if target.is_pattern and self.scope not in (None, "row"):
             raise UsageError(
                 f"an N:M pattern is chosen inside groups of {target.group} inputs, so no scope applies",

@@ -195,7 +195,7 @@ def test_the_same_twice():
     states = []
     for _ in range(2):
         model, view, masks, dense = cut()
-        repair(view, masks, dense, adapter={"rank": 4, "dropout": 0.2})
+        repair(view, masks, dense, adapter={"rank": 4, "dropout": 0.2, "every": 2})
         states.append(model.state_dict())
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
 
@@ -367,3 +367,43 @@ def test_another_dense_model_is_refused():
     for other in (tiny_model("llama", num_hidden_layers=3), tiny_model("llama", hidden_size=96)):
         with pytest.raises(UsageError, match="the dense model has"):
             repair(view, masks, other)
+
+
+def test_a_streamed_run_cannot_recover_and_says_what_can():
+    from secateur.recipe import Recipe
+
+    with pytest.raises(UsageError, match="streamed") as error:
+        Recipe.build({"model": "tiny", "stream": True, "recovery": {"method": "reconstruct"}})
+    assert "Reconstruction" in error.value.fix
+
+
+def test_the_trained_share_is_told_and_a_run_can_do_it():
+    """As the step of a run, by the recipe's words."""
+    from secateur.progress import Progress
+    from secateur.training.recoveries import Task, recoveries
+
+    told = []
+
+    class Listening(Progress):
+        def note(self, message):
+            told.append(message)
+
+    model, view, masks, dense = cut()
+    before = distance(model, dense)
+    task = Task(
+        view,
+        masks,
+        Windows(IDS),
+        FAST,
+        ("norms", "mask-lora"),
+        adapter={"rank": 4, "targets": ["q", "down"]},
+        reconstruction={"samples": 4, "unit": "block", "stream": "dense"},
+        teacher=lambda: dense,
+        progress=Listening(),
+    )
+    record = recoveries["reconstruct"](task)
+    assert record["windows"] == 4
+    assert distance(model, dense) < before
+    assert any("% of each block" in line for line in told)
+    with pytest.raises(UsageError, match="before the cut"):
+        recoveries["reconstruct"](Task(view, masks, Windows(IDS), FAST, ("norms",)))

@@ -160,12 +160,20 @@ class Reconstruction:
         started = time.perf_counter()
         world = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
+        if len(data) < world:
+            raise UsageError(
+                f"{world} processes have nothing to share",
+                field="recovery.samples",
+                value=len(data),
+                fix="more text, or fewer processes",
+            )
         per_process = max(1, self.settings.batch // world)
         micro = min(self.settings.micro_batch or per_process, per_process)
         self._per_step = max(1, per_process // micro)
         done = FinishedBlocks(self.folder, self._identity(data, world), leads=rank == 0)
         records: list[dict[str, Any]] = []
-        with evaluating(self.view.model), evaluating(self.dense.view.model):
+        kept_random = torch.random.fork_rng(devices=[])
+        with evaluating(self.view.model), evaluating(self.dense.view.model), kept_random:
             rows = slice(rank, None, world)
             self.replay = Replay(
                 self.view,
@@ -205,6 +213,10 @@ class Reconstruction:
         with replay.resident(block):
             if record is None:
                 record, outputs = self._repair(block, dense, wanted)
+                if block is self.view.blocks[0]:
+                    size = sum(p.numel() for p in block.module.parameters())
+                    share = record["trained"] / max(1, size)
+                    self.progress.note(f"training {share:.3%} of each block's parameters")
                 done.save(block, record)
             else:
                 done.restore(block)
@@ -267,7 +279,7 @@ class Reconstruction:
             named = {n: p for n, p in block.module.named_parameters() if p.requires_grad}
             trained = sum(p.numel() for p in named.values())
             with in_float32(named.values()):
-                losses = self._fit(local, named, one, masks)
+                losses = self._fit(local, named, one, masks, adapters)
             if adapters is not None:
                 adapters.merge()
             chosen.finish()
@@ -312,7 +324,7 @@ class Reconstruction:
 
                 local = Local(group[0].name, forward, wanted, self.replay.keep)
                 with in_float32(named.values()):
-                    losses += self._fit(local, named, one, masks, 1 / len(groups))
+                    losses += self._fit(local, named, one, masks, adapters, 1 / len(groups))
                 if adapters is not None:
                     adapters.merge()
             except BaseException:
@@ -386,17 +398,20 @@ class Reconstruction:
         named: Mapping[str, nn.Parameter],
         view: ModelView,
         masks: Mapping[str, Tensor],
+        adapters: Adapters | None,
         share: float = 1.0,
     ) -> list[float]:
         half = next((t.dtype for t in local.targets if t.dtype != torch.float32), None)
         device = self.replay.device.type
+        hooks = [KeepZeros(view, masks), *(adapters.hooks() if adapters is not None else [])]
+        torch.manual_seed(self.settings.seed)  # dropout, the same in every process and on resuming
         with torch.autocast(device, dtype=half or torch.bfloat16, enabled=half is not None):
             return fit_local(
                 local,
                 named,
                 self.settings,
                 per_step=self._per_step,
-                hooks=[KeepZeros(view, masks)],
+                hooks=hooks,
                 model=view.model,
                 advance=lambda steps, detail: self._advance(steps * share, detail),
             )
