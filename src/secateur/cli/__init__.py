@@ -28,6 +28,7 @@ COMMANDS = (
     "report",
     "verify",
     "why",
+    "heads",
     "export",
     "demo",
 )
