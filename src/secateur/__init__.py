@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "prune": "secateur.api",
     "evaluate": "secateur.api",
+    "recover": "secateur.api",
     "load_pruned": "secateur.export.loading",
     "Recipe": "secateur.recipe",
     "Result": "secateur.run.runner",
@@ -34,10 +35,11 @@ __all__ = [
     "evaluate",
     "load_pruned",
     "prune",
+    "recover",
 ]
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, prune
+    from secateur.api import evaluate, prune, recover
     from secateur.errors import SecateurError, UsageError
     from secateur.export.loading import load_pruned
     from secateur.masks.target import Target
