@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # Resolved on first use, so that importing secateur does not import torch.
 _LAZY = {
     "prune": "secateur.api",
+    "allocate": "secateur.api",
     "evaluate": "secateur.api",
     "recover": "secateur.api",
     "load_pruned": "secateur.export.loading",
@@ -32,6 +33,7 @@ __all__ = [
     "Target",
     "UsageError",
     "__version__",
+    "allocate",
     "evaluate",
     "load_pruned",
     "prune",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, prune, recover
+    from secateur.api import allocate, evaluate, prune, recover
     from secateur.errors import SecateurError, UsageError
     from secateur.export.loading import load_pruned
     from secateur.masks.target import Target

@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from secateur.allocation.plan import Plan
 from secateur.models.checks import fingerprint_model
 from secateur.models.loading import Loaded
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Evaluation, Recipe, Recovery, build_part
+from secateur.run.allocating import allocate_plan
 from secateur.run.evaluate import evaluate_model as evaluate
 from secateur.run.recovering import recover_model
 from secateur.run.runner import Result, execute
 
-__all__ = ["evaluate", "prune", "recover"]
+__all__ = ["allocate", "evaluate", "prune", "recover"]
 
 
 def prune(
@@ -93,6 +95,61 @@ def prune(
         evidence=None if evidence is None else Path(evidence),
         progress=progress,
         command="secateur.prune(...)",
+    )
+
+
+def allocate(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    allocation: str | dict[str, Any] = "uniform",
+    sparsity: float | str = 0.5,
+    calibration: Any = "pydoc",
+    samples: int = 64,
+    length: int | None = None,
+    seed: int = 0,
+    evidence: str | Path | None = None,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> Plan:
+    """How much of each matrix would go; the model is left as it is.
+
+    Args:
+        model, tokenizer, sparsity, calibration, samples, length, seed, progress: as of ``prune``.
+        allocation: see ``secateur allocators``: a name, or ``{"name": ..., **options}``.
+        evidence: folder where what is read off the model is kept for other plans.
+        **settings: any other field of ``secateur.Recipe`` (``method``, ``include``, ...).
+
+    Returns:
+        The plan, exact to the budget. ``plan.record()`` is its JSON; a saved one goes into
+        ``prune(allocation="plan.json")``.
+
+    Examples:
+        >>> import secateur
+        >>> plan = secateur.allocate("tiny", allocation="incremental", sparsity=0.6)
+        >>> round(plan.removed / plan.elements, 6)
+        0.6
+    """
+    text = str(calibration) if isinstance(calibration, str | Path) else "given"
+    recipe = Recipe.build(
+        {
+            "model": str(model) if isinstance(model, str | Path) else "given",
+            "sparsity": sparsity,
+            "allocation": allocation,
+            "calibration": {"text": text, "samples": samples, "length": length, "seed": seed},
+            "evaluation": None,
+            **settings,
+        }
+    )
+    loaded = None
+    if isinstance(model, nn.Module):
+        loaded = Loaded(model, tokenizer, None, _name(model), fingerprint_model(model))
+    return allocate_plan(
+        recipe,
+        loaded=loaded,
+        calibration=None if isinstance(calibration, str | Path) else calibration,
+        evidence=None if evidence is None else Path(evidence),
+        progress=progress,
     )
 
 

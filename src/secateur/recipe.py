@@ -64,6 +64,22 @@ class Evaluation(_Part):
     speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
 
 
+class Search(_Part):
+    """The text an allocator that searches tries its plans on."""
+
+    text: str | None = Field(
+        None, description="file or named corpus, never evaluated on; null: the calibration's"
+    )
+    samples: int = Field(16, ge=1, description="sequences a plan is judged on")
+    length: int | None = Field(
+        None, ge=2, description="tokens in each; null: the calibration's, or 512"
+    )
+    seed: int = Field(1, ge=0, description="which windows of the text are drawn")
+    fitness: Literal["kl", "perplexity"] = Field(
+        "kl", description="KL divergence from the dense model's predictions, or perplexity"
+    )
+
+
 class Recovery(_Part):
     """Training after the cut, with the mask kept."""
 
@@ -94,6 +110,15 @@ class Recovery(_Part):
     alpha: float = Field(32.0, gt=0, description="adapters are multiplied by alpha / rank")
     init: Literal["broken", "ones"] = Field(
         "broken", description="how scale-lora starts; 'ones' as published"
+    )
+    samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
+    unit: Literal["block", "matrix"] = Field(
+        "block", description="what reconstruct trains at a time"
+    )
+    targets: Literal["pruned", "dense"] = Field(
+        "pruned",
+        description="reconstruct's wanted outputs: the dense block's on what the pruned one sees, "
+        "or the dense model's own",
     )
     add_biases: bool = Field(False, description="give linears biases where they have none")
     distil: float = Field(
@@ -153,6 +178,7 @@ class Recipe(_Part):
         None, description="path of the list of blocks, if not found by itself"
     )
     calibration: Calibration = Calibration()
+    search: Search = Search()
     propagate: Literal["pruned", "dense"] = Field(
         "pruned", description="what later blocks are calibrated on"
     )
@@ -231,7 +257,32 @@ class Recipe(_Part):
                 value="dense",
                 fix="use propagate: pruned",
             )
+        if self.recovery is not None:
+            self._recovery_fits(self.recovery)
         return self
+
+    def _recovery_fits(self, recovery: Recovery) -> None:
+        if self.stream:
+            raise UsageError(
+                "a streamed model is never in memory as a whole, so it cannot be trained",
+                field="recovery",
+                value=recovery.method,
+                fix="drop --stream, or recover the finished folder on a larger machine",
+            )
+        if recovery.rounds > 1 and self.target.is_pattern:
+            raise UsageError(
+                "an N:M pattern is reached in one cut",
+                field="recovery.cycles",
+                value=recovery.rounds,
+                fix="cycles: 1",
+            )
+        if recovery.rounds > 1 and self.allocator[0].endswith(".json"):
+            raise UsageError(
+                "a saved plan is one cut",
+                field="recovery.cycles",
+                value=recovery.rounds,
+                fix="cycles: 1, or an allocation by name",
+            )
 
     @property
     def allocator(self) -> tuple[str, dict[str, Any]]:
@@ -291,6 +342,7 @@ def build_part(kind: type[P], name: str, values: dict[str, Any]) -> P:
 _PARTS: dict[str, type[_Part]] = {
     "calibration": Calibration,
     "evaluation": Evaluation,
+    "search": Search,
     "recovery": Recovery,
 }
 

@@ -351,6 +351,41 @@ def test_removal_with_swaps_is_consistent():
     )
 
 
+def test_groups_gone_already_go_first_whatever_else_is_free():
+    """A unit cut earlier must not be spared for a dead one that happens to come before it."""
+    weight, _, x = problem(16, columns=12)
+    x[:, [0, 1, 8, 9]] = 0
+    moment = x.T @ x / len(x)
+    groups = contiguous_groups(12, 2)
+    first = torch.tensor([False] * 4 + [True, False])
+    assert remove_groups(weight, moment, groups, [], first=first).order == [4]
+    assert remove_groups(weight, moment, groups, [1], first=first).order == [4, 0]
+
+
+def test_local_search_never_brings_a_gone_group_back():
+    weight, moment, _ = problem(18, rows=8, columns=32)
+    first = torch.zeros(32, dtype=torch.bool)
+    first[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:10]] = True
+    weight[:, first] = 0
+    found = remove_groups(
+        weight, moment, contiguous_groups(32, 1), [10], first=first, swaps=20, score="exact"
+    )
+    assert bool(found.gone[first].all())
+    assert int(found.gone.sum()) == 20
+
+
+@pytest.mark.parametrize("batches", [[1] * 6, [4, 2], [6]])
+def test_even_removal_takes_the_same_number_from_every_run(batches):
+    weight, moment, x = problem(17, columns=24)
+    groups = contiguous_groups(24, 2)
+    found = remove_groups(weight, moment, groups, batches, even=3, update="obs")
+    assert [sum(g // 4 == run for g in found.order) for run in range(3)] == [2, 2, 2]
+    best = optimum(weight, x, found.gone, 0.01 * float(moment.diagonal().mean()))
+    assert torch.allclose(found.weight, best, atol=1e-7)
+    with pytest.raises(UsageError, match="evenly"):
+        remove_groups(weight, moment, groups, [1], even=3)
+
+
 # -- degenerate and bad input ----------------------------------------------------------------
 
 

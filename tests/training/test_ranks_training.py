@@ -20,7 +20,9 @@ from secateur.training.settings import TrainSettings
 from test_perp import pruned, windows
 ranks = Ranks.from_environment("cpu")
 view, masks = pruned("opt")
-settings = TrainSettings(steps=8, lr=5e-3, batch=5, micro_batch=2, weight_decay=0.1)
+settings = TrainSettings(
+    steps=8, lr=0.05, batch=5, micro_batch=2, weight_decay=0.1, optimizer="sgd"
+)
 record = perp(
     view, masks, windows(12), settings, train=json.loads(sys.argv[3]),
     adapter={"rank": 2} if "lora" in sys.argv[3] else {}, folder=Path(sys.argv[1]) / "folder",
@@ -58,9 +60,8 @@ def test_two_processes_give_what_one_gives(tmp_path, train):
         made[world].append([row["loss"] for row in rows])
     assert torch.equal(made[2][0], made[2][1])  # both ranks hold the same model
     assert made[2][2] == pytest.approx(made[1][1], rel=1e-4)
-    # AdamW divides by the root of tiny second moments, so a rounding may move a weight by a bit.
-    assert torch.allclose(made[2][0], made[1][0], atol=2e-3)
-    assert float((made[2][0] - made[1][0]).abs().mean()) < 1e-5
+    # Plain SGD: AdamW divides by the root of tiny second moments, which enlarges a rounding.
+    assert torch.allclose(made[2][0], made[1][0], atol=1e-5)
 
 
 def _path():

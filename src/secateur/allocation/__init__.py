@@ -9,6 +9,10 @@ allocators: Registry[type[Allocator]] = Registry(
     {
         "uniform": "secateur.allocation.uniform:Uniform",
         "global": "secateur.allocation.global_rank:Global",
+        "owl": "secateur.allocation.owl:OWL",
+        "dlp": "secateur.allocation.dlp:DLP",
+        "atp": "secateur.allocation.atp:ATP",
+        "dsa": "secateur.allocation.dsa.allocator:DSA",
         "er": "secateur.allocation.erdos_renyi:ER",
         "erk": "secateur.allocation.erdos_renyi:ERK",
         "lamp": "secateur.allocation.lamp:LAMP",

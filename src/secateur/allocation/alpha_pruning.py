@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class AlphaPruning(Allocator):
     name = "alphapruning"
     summary = "heavy-tailed spectra stay denser; weights alone"
     paper = "Lu et al. 2024, arXiv:2410.10912"
-    mode: Mode = "scale"  # type: ignore[misc]
+    mode: ClassVar[Mode] = "scale"
 
     fit: Literal["peak", "hill"] = "peak"
     eps: float = 0.3

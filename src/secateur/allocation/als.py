@@ -131,7 +131,7 @@ class ALS(Allocator):
     components: bool = True
     component_feature: Literal["input", "output"] = "output"
     component_tokens: int = 512
-    component_width: float = 0.1
+    component_width: float = 0.05
 
     def __post_init__(self) -> None:
         for field, value, least in (

@@ -31,6 +31,7 @@ from secateur.allocation.projection import Mode, project, round_to_units
 from secateur.errors import UsageError
 from secateur.evidence.readings import Reading
 from secateur.masks.target import Target
+from secateur.progress import SILENT, Progress
 
 Stream = Callable[[], Iterator[tuple[str, Tensor]]]
 """(name, (d_out, d_in) float32) of every matrix in the model's order, one in memory at a time."""
@@ -52,6 +53,7 @@ class Problem:
         trial: how bad the model is under a plan (lower is better), on a search split that is
             never evaluated on; None unless ``Allocator.searches``.
         notes: plain words for the report: fallbacks, warnings. Append to it.
+        progress: where a search shows how far it is.
     """
 
     target: Target
@@ -63,6 +65,7 @@ class Problem:
     scores: Stream | None = None
     trial: Callable[[Plan], float] | None = None
     notes: list[str] = field(default_factory=list)
+    progress: Progress = SILENT
 
     @property
     def sparsity(self) -> float:

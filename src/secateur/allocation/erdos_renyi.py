@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from secateur.allocation.base import Allocator, Problem
 from secateur.allocation.projection import Mode
@@ -34,7 +35,7 @@ class ER(Allocator):
     name = "er"
     summary = "density in proportion to (d_in + d_out) / (d_in d_out)"
     paper = "Mocanu et al. 2018, arXiv:1707.04780"
-    mode: Mode = "density"  # type: ignore[misc]
+    mode: ClassVar[Mode] = "density"
 
     def wishes(self, problem: Problem) -> dict[str, float]:
         """1 - the density, whose scale the projection finds."""

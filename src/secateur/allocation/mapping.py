@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EQUAL = 1e-12
+"""Values closer than this, relative to their size, are one value with rounding errors."""
+
+
+def width_of(values: Sequence[float]) -> float:
+    """max - min; 0 where the difference is only rounding, which must not become a plan."""
+    low, high = min(values), max(values)
+    return high - low if high - low > EQUAL * max(abs(low), abs(high)) else 0.0
+
 
 def minmax(values: Sequence[float]) -> list[float]:
     """Values moved and scaled to [0, 1]; all equal (or a single one) gives zeros."""
-    low, high = min(values), max(values)
-    width = high - low
+    low = min(values)
+    width = width_of(values)
     return [(v - low) / width if width > 0 else 0.0 for v in values]
 
 

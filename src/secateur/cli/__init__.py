@@ -33,7 +33,7 @@ COMMANDS = (
     "demo",
 )
 # Commands with commands of their own.
-GROUPS = ("forest", "lottery")
+GROUPS = ("allocate", "forest", "lottery")
 
 app = typer.Typer(
     name="secateur",

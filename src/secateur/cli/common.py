@@ -28,7 +28,17 @@ MethodName = Annotated[str | None, typer.Option("--method", "-m", help="see 'sec
 Scope = Annotated[str | None, typer.Option(help="row, layer, block[:WIDTH] or global")]
 Update = Annotated[str | None, typer.Option(help="what survivors become: none, obs, exact or best")]
 Quality = Annotated[str | None, typer.Option(help="preset: fast, good or best")]
-Allocation = Annotated[str | None, typer.Option(help="uniform, global, or a plan.json")]
+Allocation = Annotated[
+    str | None,
+    typer.Option("--allocation", "-a", help="see 'secateur allocators', or a plan.json"),
+]
+AllocationOptions = Annotated[
+    list[str] | None,
+    typer.Option("--allocation-option", "-A", help="the allocator's option, NAME=VALUE"),
+]
+EvidenceFolder = Annotated[
+    Path | None, typer.Option("--evidence", help="folder where evidence is kept for other runs")
+]
 CalibrationText = Annotated[
     str | None, typer.Option("--calibration", "-c", help="file or named corpus ('secateur texts')")
 ]
@@ -114,6 +124,20 @@ def names(lists: list[str] | None) -> list[str] | None:
     if not lists:
         return None
     return [name.strip() for part in lists for name in part.split(",") if name.strip()]
+
+
+def allocation(name: str | None, options: list[str] | None) -> str | dict[str, Any] | None:
+    """``--allocation`` and its options as a recipe has them.
+
+    Raises:
+        UsageError: options of no allocator.
+    """
+    found = read_options(options)
+    if not found:
+        return name
+    if name is None:
+        raise UsageError("whose option?", field="allocation-option", value=options, fix="-a NAME")
+    return {"name": name, **found}
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -16,7 +16,6 @@ Run the same command again after a crash or Ctrl-C: it goes on where it stopped.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +35,7 @@ def command(
     update: common.Update = None,
     scope: common.Scope = None,
     allocation: common.Allocation = None,
+    allocation_option: common.AllocationOptions = None,
     calibration: common.CalibrationText = None,
     samples: common.Samples = None,
     length: common.Length = None,
@@ -66,9 +66,7 @@ def command(
     dtype: common.Dtype = None,
     stream: common.Stream = False,
     trust_remote_code: common.TrustRemoteCode = False,
-    evidence: Annotated[
-        Path | None, typer.Option(help="folder where evidence is kept for other runs")
-    ] = None,
+    evidence: common.EvidenceFolder = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="throw an earlier run in DIR away")
     ] = False,
@@ -94,7 +92,7 @@ def command(
                 quality=quality,
                 update=update,
                 scope=scope,
-                allocation=allocation,
+                allocation=common.allocation(allocation, allocation_option),
                 propagate=propagate,
                 granularity=granularity,
                 reconstruct=reconstruct,

@@ -29,16 +29,21 @@ from secateur.progress import SILENT, Progress
 Norms = tuple[str, ...]
 
 
-def sequence_loss(logits: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Sum over sequences of each one's mean next-token cross-entropy (nats); shapes (B,L,V), (B,L)."""
+def sequence_losses(logits: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Each sequence's mean next-token cross-entropy (nats), (B,); logits (B,L,V), ids (B,L)."""
     # Tokens as rows: the softmax over the vocabulary then runs over contiguous memory.
     losses = nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
     ).view(len(ids), -1)
     if keep is None:
-        return losses.mean(1).sum()
+        return losses.mean(1)
     real = (keep[:, 1:] & keep[:, :-1]).float()
-    return ((losses * real).sum(1) / real.sum(1).clamp(min=1)).sum()
+    return (losses * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def sequence_loss(logits: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Sum over sequences of ``sequence_losses``."""
+    return sequence_losses(logits, ids, keep).sum()
 
 
 def _parameters(blocks: list[Block]) -> dict[str, nn.Parameter]:
@@ -47,7 +52,7 @@ def _parameters(blocks: list[Block]) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _accumulating(
+def accumulating(
     parameters: dict[str, nn.Parameter], sums: dict[str, GradientMoments]
 ) -> Iterator[None]:
     """While active, backward feeds ``sums`` and leaves no gradient behind."""
@@ -92,7 +97,7 @@ def direct_gradients(
     sums = {key: GradientMoments(norms) for key in parameters}
     with (
         evaluating(view.model),
-        _accumulating(parameters, sums),
+        accumulating(parameters, sums),
         progress.stage("gradients", total=len(ids), unit="sequences") as advance,
     ):
         for n in range(len(ids)):
@@ -117,6 +122,7 @@ def gradients_by_block(
     save: Callable[[Block, dict[str, GradientMoments]], None],
     *,
     chunk: int = 4,
+    parameters: Callable[[Block], dict[str, nn.Parameter]] = lambda block: _parameters([block]),
     progress: Progress = SILENT,
 ) -> None:
     """The same sums with one block's weights present at a time.
@@ -124,6 +130,7 @@ def gradients_by_block(
     ``replay`` must hold one sequence per batch and be started. ``save(block, sums)`` is called
     once a block and chunk; the caller merges (the sums are additive). Memory: the inputs of
     every block for ``chunk`` sequences, plus one block's weights and accumulators.
+    ``parameters(block)`` names what is differentiated, by default the block's matrices.
     """
     view, total = replay.view, len(replay.hidden)
     with (
@@ -147,9 +154,9 @@ def gradients_by_block(
             ]
             for block in reversed(view.blocks):
                 with replay.resident(block):
-                    parameters = _parameters([block])
-                    sums = {key: GradientMoments(norms) for key in parameters}
-                    with _accumulating(parameters, sums), torch.enable_grad():
+                    chosen = parameters(block)
+                    sums = {key: GradientMoments(norms) for key in chosen}
+                    with accumulating(chosen, sums), torch.enable_grad():
                         for i, b in enumerate(batch):
                             x = inputs[block.index][i].detach().requires_grad_(True)
                             replay.run(block, b, x).backward(upstream[i])

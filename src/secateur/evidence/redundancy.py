@@ -57,6 +57,7 @@ def redundancy(grams: Sequence[Tensor]) -> Tensor:
     for start in range(0, flat[0].numel(), width):
         part = torch.stack([f[start : start + width] for f in flat]).double()
         products += part @ part.T
+    products = (products + products.T) / 2  # a GEMM is symmetric only up to rounding
     norm = products.diagonal().sqrt()
     psi = products / (norm[:, None] * norm).clamp_min(torch.finfo(torch.float64).tiny)
     return psi.clamp(0, 1).fill_diagonal_(1.0)

@@ -59,6 +59,15 @@ class ScoreJob:
         assert self.windows is not None, "the method did not say that it needs data"
         return self.windows.batches(self.batch_tokens)
 
+    def samples(self) -> list[dict[str, Tensor]]:
+        """The same as the model's keyword inputs, on its device."""
+        device = next(self.model.parameters()).device
+        return [
+            {"input_ids": ids.to(device)}
+            | ({} if mask is None else {"attention_mask": mask.long().to(device)})
+            for ids, mask in self.batches()
+        ]
+
 
 @dataclass(frozen=True, eq=False)
 class UnitProblem:

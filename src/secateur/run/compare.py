@@ -119,7 +119,15 @@ class _Table:
             "secateur": __version__,
             **session.recipe.model_dump(
                 mode="json",
-                include={"propagate", "granularity", "reconstruct", "scope", "include", "exclude"},
+                include={
+                    "propagate",
+                    "granularity",
+                    "reconstruct",
+                    "scope",
+                    "include",
+                    "exclude",
+                    "allocation",
+                },
             ),
         }
         self.cells: dict[str, dict[str, Any]] = {}

@@ -17,6 +17,7 @@ from secateur.methods import Need
 from secateur.run.evidence import gather_gradients
 from secateur.run.readings import gather_readings
 from secateur.run.session import Session, allocator_of
+from secateur.run.trial_of import Trial
 
 
 def make_plan(session: Session, root: Path | None = None) -> Plan:
@@ -56,6 +57,8 @@ def problem_of(session: Session, among: Sequence[Allocator], root: Path | None =
         readings=gather_readings(session, readings, root) if readings else {},
         weights=lambda: _weights(session),
         scores=lambda: _dense_scores(session, root),
+        trial=Trial(session, lambda: _dense_scores(session, root)),
+        progress=session.progress,
     )
 
 

@@ -120,6 +120,7 @@ class Recoverer:
             self.settings,
             self.train,
             adapter=adapter if parts(self.train)[1] else {},
+            reconstruction={k: getattr(spec, k) for k in ("samples", "unit", "targets")},
             loss=loss,
             validate=self._validate if self.held is not None else None,
             teacher=None if teacher is None else lambda: teacher,

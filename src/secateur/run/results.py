@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur import __version__
 from secateur.allocation.plan import Plan
+from secateur.allocation.summary import summary
 from secateur.errors import UsageError
 from secateur.evaluation.speed import machine
 from secateur.run.engine import BlockResult
@@ -63,6 +64,7 @@ def assemble(
             "elements": plan.elements,
             "pattern": str(plan.target) if plan.target.is_pattern else None,
         },
+        "allocation": summary(plan),
         "excluded": session.view.excluded,
         "quality": quality,
         "size": size,

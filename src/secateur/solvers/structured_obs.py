@@ -69,6 +69,8 @@ def remove_groups(
     update: Update = "exact",
     damping: float = 0.01,
     swaps: int = 0,
+    first: Tensor | None = None,
+    even: int = 1,
     name: str = "weight",
     tokens: int | None = None,
     dtype: torch.dtype | None = None,
@@ -88,7 +90,11 @@ def remove_groups(
             ``exact`` the least-squares optimum for the columns kept, by one more Cholesky solve
             (the same without rounding).
         damping: of H, relative to its mean diagonal; raised where H is near singular.
-        swaps: rounds of local search after the elimination (see ``swaps.improve``); 0 for none.
+        first: (n,) bool, groups that go before all others, on top of ``batches`` (those that are
+            zero already).
+        even: the groups fall into so many equal runs, each of which loses the same number.
+        swaps: rounds of local search after the elimination (see ``swaps.improve``); 0 for none,
+            and none where runs must stay even.
         name: the module, for messages.
         tokens: how many are behind ``moment``, for messages.
         dtype: of the elimination; None: float64 up to 4096 columns, then float32 with B watched
@@ -98,7 +104,8 @@ def remove_groups(
         UsageError: shapes that do not fit, or a removal that leaves no group.
         NumericsError: NaN or infinity; H that cannot be factored even with damping 1.
     """
-    count = _checked(weight, moment, groups, batches, score, update, name)
+    ahead = [] if first is None else first.nonzero().flatten().tolist()
+    count = _checked(weight, moment, groups, [*batches, len(ahead)], score, update, name, even)
     refuse_infinite(weight, name)
     dtype = dtype or (torch.float64 if weight.shape[1] <= _DOUBLE_UP_TO else torch.float32)
     groups = groups.to(weight.device)
@@ -110,21 +117,22 @@ def remove_groups(
     damped = damp(moment, dead, taken, dtype)
     before = weight.to(dtype).masked_fill(dead, 0.0)
     work = _Elimination(before, damped, inverse, groups, score, name)
+    work.quota = [count // even] * even
     del inverse
-    first = work.scores()
-    order: list[int] = []
+    scores = work.scores()
+    order = work.remove_these(ahead)
     for k in batches:
         order += work.remove(k)
     gone = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     gone[groups[order].flatten()] = True
     error = work.error
     notes = {"damping": taken, "rounds": float(len(batches)), "refreshes": float(work.refreshes)}
-    if swaps and count:
-        gone, error, done = improve(before, damped, groups, gone, rounds=swaps)
+    if swaps and count and even == 1:
+        gone, error, done = improve(before, damped, groups, gone, rounds=swaps, locked=first)
         order = _reordered(order, gone[groups[:, 0]])
         notes["swaps"] = float(done)
     if not count:
-        return Removal(weight.clone(), gone, order, 0.0, first, notes)
+        return Removal(weight.clone(), gone, order, 0.0, scores, notes)
     if update == "none":
         after = weight.masked_fill(gone, 0.0)
         error = _error_of_zeroing(before, damped, gone)
@@ -133,7 +141,7 @@ def remove_groups(
         after = (refit(before, damped, gone) if exact else work.whole()).to(weight.dtype)
         # Where nothing was ever seen there is nothing to fit: such columns stay as they were.
         after = torch.where(dead & ~gone, weight, after)
-    return Removal(after, gone, order, error, first, notes)
+    return Removal(after, gone, order, error, scores, notes)
 
 
 def refit(weight: Tensor, moment: Tensor, gone: Tensor) -> Tensor:
@@ -174,6 +182,7 @@ def _checked(
     score: str,
     update: str,
     name: str,
+    even: int,
 ) -> int:
     """How many groups go, once everything fits together."""
     columns = weight.shape[1]
@@ -198,7 +207,14 @@ def _checked(
     if update not in ("none", "obs", "exact"):
         raise UsageError("unknown", field="update", value=update, fix="none, obs or exact")
     count = sum(batches)
-    if any(k < 1 for k in batches) or count >= max(1, len(groups)):
+    if even < 1 or len(groups) % even or count % even:
+        raise UsageError(
+            f"{count} of {len(groups)} groups of '{name}' cannot go evenly from {even} runs",
+            field="even",
+            value=even,
+            fix=f"ask for a multiple of {even}",
+        )
+    if any(k < 0 for k in batches) or count >= max(1, len(groups)):
         raise UsageError(
             f"'{name}' has {len(groups)} groups, and at least one must stay",
             field="count",
@@ -225,7 +241,8 @@ class _Elimination:
     ) -> None:
         self.original, self.moment = weight, moment
         self.rule, self.name = rule, name
-        self.size = groups.shape[1]
+        self.size, self.total = groups.shape[1], len(groups)
+        self.quota = [self.total]  # how many each run of groups may still lose
         self.numbers = torch.arange(len(groups), device=weight.device)
         self.live = torch.ones(len(groups), dtype=torch.bool, device=weight.device)
         rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
@@ -274,11 +291,30 @@ class _Elimination:
 
     def remove(self, count: int) -> list[int]:
         """One round: the ``count`` cheapest groups, cheapest first, by their original numbers."""
-        lowest = torch.sort(self.scores(), stable=True).indices[:count]
-        steps = torch.arange(self.size, device=lowest.device)
-        numbers: list[int] = self.numbers[lowest].tolist()
-        self._down_date((lowest[:, None] * self.size + steps).flatten())
-        self.live[lowest] = False
+        ranked = torch.sort(self.scores(), stable=True).indices
+        if len(self.quota) == 1:
+            return self._take(ranked[:count])
+        per_run = self.total // len(self.quota)
+        chosen: list[int] = []
+        taken = [0] * len(self.quota)
+        for place in ranked.tolist():
+            run = int(self.numbers[place]) // per_run
+            if len(chosen) < count and self.live[place] and taken[run] < self.quota[run]:
+                chosen.append(place)
+                taken[run] += 1
+        return self._take(torch.tensor(chosen, device=ranked.device))
+
+    def remove_these(self, numbers: list[int]) -> list[int]:
+        """Groups that go whatever they cost, before anything was compacted."""
+        return self._take(torch.tensor(numbers, device=self.live.device)) if numbers else []
+
+    def _take(self, places: Tensor) -> list[int]:
+        numbers: list[int] = self.numbers[places].tolist()
+        for number in numbers:
+            self.quota[number * len(self.quota) // self.total] -= 1
+        steps = torch.arange(self.size, device=places.device)
+        self._down_date((places[:, None] * self.size + steps).flatten())
+        self.live[places] = False
         if 1 - self.live.float().mean() > _COMPACT:
             self._compact()
         return numbers

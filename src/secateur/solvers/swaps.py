@@ -19,7 +19,13 @@ from secateur.solvers.groups import group_scores
 
 @torch.no_grad()
 def improve(
-    weight: Tensor, moment: Tensor, groups: Tensor, gone: Tensor, *, rounds: int = 20
+    weight: Tensor,
+    moment: Tensor,
+    groups: Tensor,
+    gone: Tensor,
+    *,
+    rounds: int = 20,
+    locked: Tensor | None = None,
 ) -> tuple[Tensor, float, int]:
     """Exchange groups until nothing is gained; as many are gone afterwards as before.
 
@@ -31,6 +37,7 @@ def improve(
         groups: (n, size) column numbers.
         gone: (c,) bool, the removal to improve.
         rounds: exchanges tried at most.
+        locked: (n,) bool, groups that are gone and must stay so.
 
     Returns:
         The improved (c,) bool, its least-squares error, and how many exchanges stood.
@@ -38,6 +45,7 @@ def improve(
     weight, moment = weight.double(), moment.double()
     absent = gone[groups[:, 0]]
     width = max(1, min(int(absent.sum()), int((~absent).sum()) - 1) // 10)
+    never = torch.zeros_like(absent) if locked is None else locked.to(absent.device)
     best = _State(weight, moment, groups, absent)
     done = 0
     for _ in range(rounds):
@@ -48,7 +56,8 @@ def improve(
         thinner[costs.argsort(stable=True)[:width]] = True
         without = _State(weight, moment, groups, thinner)
         trial = thinner.clone()
-        trial[without.gains().argsort(descending=True, stable=True)[:width]] = False
+        gains = without.gains().masked_fill(never, float("-inf"))
+        trial[gains.argsort(descending=True, stable=True)[:width]] = False
         state = without if torch.equal(trial, absent) else _State(weight, moment, groups, trial)
         if not torch.equal(trial, absent) and state.error < best.error * (1 - 1e-9):
             absent, best, done = trial, state, done + 1

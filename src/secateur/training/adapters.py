@@ -14,11 +14,12 @@ Source: see ``low_rank``, where the formulas are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,6 +84,34 @@ class AdapterOptions:
             refuse("dropout", "is a share in [0, 1)", "0 unless you train for many epochs")
         if self.init not in ("broken", "ones"):
             refuse("init", "no such start", "one of broken, ones")
+
+    @classmethod
+    def of(cls, kind: str, options: Mapping[str, Any]) -> AdapterOptions:
+        """From a recipe's words.
+
+        Raises:
+            UsageError: an unknown option, one of the wrong type or out of range.
+        """
+        known = [f.name for f in fields(cls) if f.name != "kind"]
+        for name in options:
+            if name not in known:
+                raise UsageError(
+                    "an adapter has no such option",
+                    field=name,
+                    value=options[name],
+                    fix=f"options: {', '.join(known)}",
+                )
+        try:
+            return TypeAdapter(cls).validate_python({"kind": kind, **options})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "adapter"
+            raise UsageError(
+                f"of an adapter: {first['msg']}",
+                field=name,
+                value=options.get(name, kind),
+                fix=f"options: {', '.join(known)}; kinds: {', '.join(KINDS)}",
+            ) from None
 
     @property
     def scale(self) -> float:

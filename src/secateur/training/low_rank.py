@@ -216,10 +216,11 @@ def masked_linear(
         keep: uint8 (d_out, d_in), 1 where the weight stays; None for all.
         a: (r, d_in), usually float32.
         b: (d_out, r).
-        scale: alpha / r; 1 for ScaleLoRA, which has none.
+        scale: alpha / r; ScaleLoRA has none.
         drop: see ``effective``.
     """
-    out: Tensor = _Masked.apply(x, weight, keep, a, b, bias, scale, kind, drop)
+    factor = 1.0 if kind == "scale-lora" else scale
+    out: Tensor = _Masked.apply(x, weight, keep, a, b, bias, factor, kind, drop)
     return out
 
 

@@ -105,7 +105,7 @@ def perp(
     adapters = None
     try:
         if kind is not None:
-            adapters = Adapters.attach(view, masks, AdapterOptions(kind, **dict(adapter or {})))  # type: ignore[arg-type]
+            adapters = Adapters.attach(view, masks, AdapterOptions.of(kind, adapter or {}))
         fitted = _fit(
             view, masks, data, settings, chosen, loss, hooks, validate, checkpointing, folder,
             {"train": list(train), "adapter": dict(adapter or {}), **(identity or {})}, progress,

@@ -1,0 +1,1 @@
+"""Searching allocations: a population of candidates, evaluated cheaply first, resumable."""
