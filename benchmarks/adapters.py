@@ -43,6 +43,7 @@ from secateur.training.low_rank import KINDS
 LIMIT = 1.3  # times plain LoRA
 RANK = 16
 KIND_NAMES = (*KINDS, "full")
+TIMED = ("lora", "mask-lora", "scale-lora", "full")  # lora-prune trains as lora, spp as scale-lora
 
 
 def halved(view: ModelView) -> dict[str, Tensor]:
@@ -151,7 +152,7 @@ def measure_time(
     for name, recompute in (("kept", False), ("recomputed", True)):
         checkpointing(model, recompute)
         steps = {kind: ways.step(kind) for kind in kinds}
-        alternate(steps, 1)
+        steps["lora"]()  # what a first step sets up for good
         seconds = alternate(steps, rounds)
         out[name] = {
             kind: {
@@ -172,9 +173,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--blocks", type=int, default=0, help="of that model; 0: all")
-    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("time", "memory"))
+    parser.add_argument("--kinds", nargs="*", default=TIMED, help="what is timed, after lora")
     parser.add_argument("--child", choices=KIND_NAMES)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -182,14 +185,11 @@ def main() -> None:
     if given.child:
         print(json.dumps(child(given.model, given.blocks or None, given.child, *shape)))
         return
-    try:
-        import peft  # noqa: F401
-
-        kinds: tuple[str, ...] = (*KIND_NAMES, "peft")
-    except ImportError:
-        kinds = KIND_NAMES
+    kinds = tuple(dict.fromkeys(("lora", *given.kinds)))
     held = {}
-    for kind in KIND_NAMES:
+    for kind in kinds if given.only != "time" else ():
+        if kind == "peft":
+            continue
         got = in_fresh_process(
             "benchmarks.adapters", "--child", kind, "--model", given.model,
             "--blocks", given.blocks, "--samples", given.samples, "--length", given.length,
@@ -197,7 +197,6 @@ def main() -> None:
         )  # fmt: skip
         held[kind] = got
         print(f"  memory of a step, {kind}: {got['held'] / MIB:.0f} MiB", flush=True)
-    model = shortened(given.model, given.blocks or None)
     figures: dict[str, Any] = {
         "clock": "process CPU seconds, one thread",
         "model": given.model,
@@ -205,12 +204,15 @@ def main() -> None:
         "windows": list(shape),
         "rank": RANK,
         "limit": LIMIT,
-        "memory": held,
-        "memory_times_lora": {
-            k: round(v["held"] / held["lora"]["held"], 3) for k, v in held.items()
-        },
-        "time": measure_time(model, *shape, given.rounds, kinds),
     }
+    if held:
+        figures["memory"] = held
+        figures["memory_times_lora"] = {
+            kind: round(got["held"] / held["lora"]["held"], 3) for kind, got in held.items()
+        }
+    if given.only != "memory":
+        model = shortened(given.model, given.blocks or None)
+        figures["time"] = measure_time(model, *shape, given.rounds, kinds)
     finish("adapters", figures, given.json)
 
 

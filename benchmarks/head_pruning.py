@@ -29,6 +29,8 @@ from secateur.report.charts import Series, line_chart, standalone
 from tools.train_seq2seq import token_errors
 
 SHARES = tuple(n / 10 for n in range(1, 10))
+FEW = SHARES[1::2]
+"""For the orders the first is compared with."""
 SEEDS = (0, 1, 2)
 CLIFF = 0.05
 """A curve has fallen off when it has lost so much accuracy."""
@@ -68,14 +70,15 @@ class Study:
         sites: Sequence[GateSite] | None = None,
         rescore: bool = False,
         at_least: int = 1,
+        shares: Sequence[float] = FEW,
     ) -> list[tuple[float, float]]:
         """(share removed of the sites' heads, accuracy), the dense model first."""
         sites = sites or self.sites
         total = sum(s.units for s in sites)
         most = sum(max(0, s.units - at_least) for s in sites) / total
-        shares = [s for s in SHARES if s <= most]
+        possible = [s for s in shares if s <= most]
         points = [(0.0, self.dense)]
-        for cut in head_schedule(sites, scorer, shares, HeadRules(at_least), rescore=rescore):
+        for cut in head_schedule(sites, scorer, possible, HeadRules(at_least), rescore=rescore):
             value = accuracy(self.task, self.errors, self.sites, cut)
             points.append((round(cut.removed / cut.total, 4), value))
         return points
@@ -141,7 +144,7 @@ def study(name: str, task: Task, objective: Objective, errors: Objective) -> dic
     table = s.ablations()
     print(f"  ablations {time.perf_counter() - clock:.0f} s", flush=True)
     curves = {
-        "gradient": s.curve(s.gradient(s.sites)),
+        "gradient": s.curve(s.gradient(s.sites), shares=SHARES),
         "gradient, re-scored": s.curve(s.gradient(s.sites), rescore=True),
         "ablation": s.curve(lambda gates: [s.without[x.name] for x in s.sites]),
     }
@@ -152,7 +155,7 @@ def study(name: str, task: Task, objective: Objective, errors: Objective) -> dic
     for kind in sorted({site.kind for site in s.sites} - {"self"}):
         sites = of_kind(s.sites, [kind])
         by_kind[kind] = {
-            "gradient": s.curve(s.gradient(sites), sites, at_least=0),
+            "gradient": s.curve(s.gradient(sites), sites, at_least=0, shares=SHARES),
             "random, mean of 3": mean_curve(
                 [s.curve(s.random(sites, seed), sites, at_least=0) for seed in SEEDS]
             ),
@@ -185,17 +188,16 @@ def findings(curves: dict[str, Any], by_kind: dict[str, Any]) -> dict[str, Any]:
             held = share
         return held
 
-    middle = [i for i, (share, _) in enumerate(curves["gradient"]) if 0.25 < share < 0.55]
-    gradient = sum(curves["gradient"][i][1] for i in middle) / len(middle)
-    chance = sum(curves["random, mean of 3"][i][1] for i in middle) / len(middle)
+    chance = curves["random, mean of 3"][1:]
+    gradient = [y for x, y in curves["gradient"] if any(x == share for share, _ in chance)]
+    pairs = [(g, y) for g, (_, y) in zip(gradient, chance, strict=True)]
     out: dict[str, Any] = {
         "removed_within_1_point": {n: flat(c, 0.01) for n, c in curves.items()},
         "removed_within_5_points": {n: flat(c, CLIFF) for n, c in curves.items()},
-        "mean_accuracy_at_30_to_50_percent": {
-            "gradient": round(gradient, 4),
-            "random": round(chance, 4),
+        "gradient_against_random": {
+            f"{share:.0%}": [g, y] for (g, y), (share, _) in zip(pairs, chance, strict=True)
         },
-        "gradient_beats_random_at_30_to_50_percent": gradient > chance,
+        "gradient_beats_random_everywhere": all(g > y for g, y in pairs),
     }
     if by_kind:
         fall = {

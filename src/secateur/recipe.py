@@ -64,6 +64,38 @@ class Evaluation(_Part):
     speed_seconds: float = Field(8.0, gt=0, description="time budget for that")
 
 
+class Structure(_Part):
+    """What a structured method cuts, and how the target is counted."""
+
+    kinds: tuple[Literal["head", "ffn", "kv_group", "stem", "layer"], ...] | None = Field(
+        None, min_length=1, description="kinds of units that go; null: the method's"
+    )
+    gqa: Literal["groups", "even", "duplicate"] = Field(
+        "groups",
+        description="heads that share keys and values: whole groups, the same number of query "
+        "heads in each, or any (each then gets its own copy of keys and values)",
+    )
+    ranking: Literal["local", "global"] | None = Field(
+        None,
+        description="units compete within their group, or with all of their kind; null: the method's",
+    )
+    target_kind: Literal["ratio", "parameters", "flops", "latency"] = Field(
+        "ratio",
+        description="sparsity is the share of the units' weights, of the model's parameters, of "
+        "its FLOPs, or of its measured time on this machine",
+    )
+    context: int = Field(512, ge=1, description="tokens for which FLOPs and time are counted")
+    round_to: int = Field(1, ge=1, description="widths that stay are multiples of this (8, 64)")
+    uniform: bool = Field(False, description="the same widths in every layer")
+    align: bool = Field(
+        False, description="round each width up or down where measured times say that it pays"
+    )
+    protect: list[int] = Field(
+        default_factory=list, description="blocks left alone; -1 is the last"
+    )
+    at_least: int = Field(1, ge=1, description="units that stay in every group")
+
+
 class Search(_Part):
     """The text an allocator that searches tries its plans on."""
 
@@ -111,14 +143,21 @@ class Recovery(_Part):
     init: Literal["broken", "ones"] = Field(
         "broken", description="how scale-lora starts; 'ones' as published"
     )
+    targets: list[str] = Field(
+        default_factory=list, description="adapters only on these roles or names; none: all"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of adapters")
+    every: int = Field(
+        1, ge=1, description="of mask-lora: its mask takes part in every so many steps only"
+    )
     samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
     unit: Literal["block", "matrix"] = Field(
         "block", description="what reconstruct trains at a time"
     )
-    targets: Literal["pruned", "dense"] = Field(
+    stream: Literal["pruned", "dense"] = Field(
         "pruned",
-        description="reconstruct's wanted outputs: the dense block's on what the pruned one sees, "
-        "or the dense model's own",
+        description="reconstruct's wanted outputs: the dense block's on what the pruned model "
+        "feeds it, or on what the dense model does",
     )
     add_biases: bool = Field(False, description="give linears biases where they have none")
     distil: float = Field(
@@ -170,6 +209,7 @@ class Recipe(_Part):
         "uniform",
         description="see 'secateur allocators': a name, {name: ..., its options}, or a plan.json",
     )
+    structure: Structure = Structure()
     include: list[str] = Field(
         default_factory=list, description="only matrices matching these globs"
     )
@@ -236,6 +276,14 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
         target = self.target
+        if self.stream and self.recovery is not None:
+            raise UsageError(
+                "a recovery trains a model that is in memory, and this one is streamed from disk",
+                field="recovery",
+                value=self.recovery.method,
+                fix="drop --stream; or prune first, then, from Python, "
+                "secateur.training.reconstruction.Reconstruction with resident=...",
+            )
         if target.is_pattern and self.scope not in (None, "row"):
             raise UsageError(
                 f"an N:M pattern is chosen inside groups of {target.group} inputs, so no scope applies",
@@ -342,6 +390,7 @@ def build_part(kind: type[P], name: str, values: dict[str, Any]) -> P:
 _PARTS: dict[str, type[_Part]] = {
     "calibration": Calibration,
     "evaluation": Evaluation,
+    "structure": Structure,
     "search": Search,
     "recovery": Recovery,
 }

@@ -1,7 +1,8 @@
-"""A contract kit: proves that a method behaves, in the manner of scikit-learn's check_estimator.
+"""Contract kits: prove that a method or an allocator behaves, as scikit-learn's check_estimator.
 
 from secateur.testing import check_method
 check_method(MyMethod())
+check_allocator(MyAllocator())
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from secateur.allocation.base import Allocator, Problem
+from secateur.allocation.plan import Plan
+from secateur.evidence.readings import BlockFacts, MatrixFacts
 from secateur.evidence.statistics import Evidence, GradientMoments, InputMoments
 from secateur.masks.target import Cut, Scope, Target
 from secateur.methods.base import Method, Need
 from secateur.methods.prune_matrix import prune_matrix
 
-__all__ = ["check_method", "example_evidence"]
+__all__ = ["check_allocator", "check_method", "example_evidence", "example_problem"]
 
 _SHAPES = ((8, 16), (5, 12), (1, 8), (16, 8))
 _TARGETS = ("0", "0.3", "0.5", "0.9", "2:4", "1:4")
@@ -108,3 +112,72 @@ def _check_case(method: Method, weight: Tensor, evidence: Evidence, cut: Cut) ->
         assert torch.equal(result.weight, weight), f"sparsity 0 changed weights: {where}"
     twice = prune_matrix(method, result.weight, evidence, cut, method.update)
     assert torch.equal(twice.mask, result.mask), f"pruned again, other weights go: {where}"
+
+
+def example_problem(
+    allocator: Allocator, target: Target, blocks: int = 4, seed: int = 0
+) -> Problem:
+    """A made-up model of ``blocks`` blocks, with what ``allocator`` asks for and no more."""
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+    facts = []
+    for b in range(blocks):
+        matrices, features = [], {}
+        for side in ("input", "output"):
+            features[side] = torch.randn(48, 16, generator=generator)
+        for role, shape in (("q", (16, 16)), ("up", (24 + 8 * b, 16)), ("down", (16, 24 + 8 * b))):
+            name = f"layers.{b}.{role}"
+            weights[name] = torch.randn(shape, generator=generator) * (1 + b)
+            moments = InputMoments(shape[1])
+            x = torch.randn(48, shape[1], generator=generator)
+            moments.update(x)
+            features |= {f"{name}|input": x, f"{name}|output": x @ weights[name].T}
+            weight = weights[name]
+            matrices.append(MatrixFacts(name, role, shape, weight.clone, moments))
+        facts.append(BlockFacts(b, f"layers.{b}", matrices, features))
+    return Problem(
+        target,
+        {n: (int(w.shape[0]), int(w.shape[1])) for n, w in weights.items()},
+        tuple(tuple(m.name for m in f.matrices) for f in facts),
+        {m.name: m.role for f in facts for m in f.matrices},
+        {r: [r.read(f) for f in facts] for r in allocator.readings()},
+        weights=lambda: iter(weights.items()),
+        scores=lambda: ((n, w.abs()) for n, w in weights.items()),
+        trial=lambda plan: sum((r - 0.5) ** 2 for r in plan.ratios.values()),
+    )
+
+
+def check_allocator(allocator: Allocator) -> None:
+    """Prove the contract every allocator of Secateur keeps, on a made-up model.
+
+    * the plan removes exactly what was asked: to the weight, or to half a step of N:M;
+    * no ratio leaves the bounds; with N:M every matrix keeps at least one of M;
+    * the same problem gives the same plan; the plan survives JSON;
+    * a single block gets the target; sparsity 0 removes nothing;
+    * what ``readings`` names is all it needs: nothing else was read.
+
+    Raises:
+        AssertionError: naming the property and the target.
+        ValueError: it read what it does not declare.
+    """
+    assert allocator.name, "an allocator has a name"
+    assert allocator.summary, "an allocator says in a line how it shares out"
+    for text in ("0", "0.37", "0.5", "0.8", "4:8"):
+        for blocks in (1, 4):
+            target = Target.parse(text)
+            plan = allocator.plan(example_problem(allocator, target, blocks))
+            again = allocator.plan(example_problem(allocator, target, blocks))
+            where = f"{allocator.name} at {text}, {blocks} blocks"
+            assert plan.counts == again.counts, f"not deterministic: {where}"
+            assert Plan.of_record(plan.record()).counts == plan.counts, f"not JSON: {where}"
+            wanted = target.count(plan.elements)
+            step = 1 if target.group is None else 256 // target.group
+            assert 2 * abs(plan.removed - wanted) <= (step if step > 1 else 0), f"budget: {where}"
+            low, high = allocator.bounds(example_problem(allocator, target, blocks))
+            if target.group is None:
+                for name, ratio in plan.ratios.items():
+                    slack = 1 / (plan.shapes[name][0] * plan.shapes[name][1])
+                    inside = low - slack <= ratio <= high + slack
+                    assert inside, f"'{name}' out of bounds: {where}"
+            else:
+                assert all(n >= 1 for n, _ in plan.patterns.values()), f"keeps none: {where}"

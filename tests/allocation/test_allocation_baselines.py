@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from secateur.allocation import allocators
 from secateur.allocation.alpha_pruning import AlphaPruning
-from secateur.allocation.base import Problem
+from secateur.allocation.base import Allocator, Problem
 from secateur.allocation.erdos_renyi import ER, ERK, er_density
 from secateur.allocation.global_rank import Global
 from secateur.allocation.incremental import Incremental, schedule, steps
@@ -20,6 +21,7 @@ from secateur.errors import UsageError
 from secateur.evidence.readings import BlockFacts, MatrixFacts
 from secateur.evidence.spectrum import Spectra, hill, hill_at_peak, spectrum
 from secateur.masks.target import Target
+from secateur.testing import check_allocator
 
 
 def problem(sparsity="0.5", shapes=((8, 16), (32, 16), (16, 32)), blocks=4, seed=0):
@@ -152,7 +154,7 @@ def test_global_removes_the_smallest_of_all():
         assert plan.counts[name] == int((weight.abs() < threshold).sum())
 
 
-@pytest.mark.parametrize("kind", [ER, ERK, LAMP])
+@pytest.mark.parametrize("kind", [ER, ERK, LAMP, Global])
 def test_what_was_made_for_vision_warns_on_high_sparsity(kind):
     quiet, warned = problem("0.5"), problem("0.7")
     kind().plan(quiet)
@@ -237,3 +239,30 @@ def test_every_plan_is_exact_whatever_the_sizes(name, sparsity):
 def test_a_pattern_that_does_not_divide(name):
     with pytest.raises(UsageError, match="does not divide"):
         allocators[name].with_options({}).plan(problem("2:4", ((8, 10),)))
+
+
+@pytest.mark.parametrize("name", allocators.names())
+def test_every_allocator_keeps_the_contract(name):
+    check_allocator(allocators[name].with_options({}))
+
+
+def test_the_contract_is_not_kept_by_everybody():
+    @dataclass(frozen=True)
+    class Random(Allocator):
+        name, summary = "random", "another plan each time"
+
+        def wishes(self, problem):
+            return {n: float(torch.rand(1)) for n in problem.shapes}
+
+    @dataclass(frozen=True)
+    class Reader(Allocator):
+        name, summary = "reader", "reads what it did not ask for"
+
+        def wishes(self, problem):
+            problem.read(Spectra())
+            return dict.fromkeys(problem.shapes, 0.5)
+
+    with pytest.raises(AssertionError, match="not deterministic"):
+        check_allocator(Random())
+    with pytest.raises(ValueError, match="was not gathered"):
+        check_allocator(Reader())

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 import secateur
 from secateur.allocation import Plan, allocators
 from secateur.allocation.plan import UnitCut
-from secateur.allocation.summary import block_ratios, role_ratios
+from secateur.allocation.summary import block_ratios, role_ratios, summary
 from secateur.errors import UsageError
 from secateur.evidence.readings import sampled_positions
 from secateur.masks.target import Target
@@ -158,11 +159,15 @@ def test_a_plan_survives_json(tmp_path):
         {"layers.0.q": 12, "layers.1.q": 20},
         {"allocator": "als", "options": {"mu": "row"}},
         {"layers.0.q": (5, 8), "layers.1.q": (3, 8)},
-        {"layers.0:heads": UnitCut(8, 3, 100)},
+        {"layers.0:heads": UnitCut(8, 6, 100)},
     )
     assert Plan.of_record(json.loads(json.dumps(plan.record()))) == plan
-    assert block_ratios(plan) == {"layers.0": 0.375, "layers.1": 0.625}
-    assert role_ratios(plan) == {"q": 0.5}
+    matrices = replace(plan, units={})
+    assert block_ratios(matrices) == {"layers.0": 0.375, "layers.1": 0.625}
+    assert role_ratios(matrices) == {"q": 0.5}
+    assert block_ratios(plan) == {"layers.0": 0.75}
+    assert role_ratios(plan) == {"heads": 0.75}
+    assert summary(plan)["achieved"] == 0.75
 
 
 def test_a_pattern_is_edited_by_hand(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from secateur.allocation import allocators
 from secateur.cli import main
 from secateur.methods import methods
 from secateur.recipe import Calibration, Evaluation, Recipe, Recovery, Search
@@ -40,6 +41,7 @@ def test_code_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # What a page registers stays on that page.
     monkeypatch.setattr(methods, "_table", dict(methods._table))
+    monkeypatch.setattr(allocators, "_table", dict(allocators._table))
     names = {"__name__": "docs"}
     for language, body in blocks(page):
         if language == "python":

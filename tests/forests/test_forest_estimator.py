@@ -238,6 +238,8 @@ def test_data_frames_keep_their_names() -> None:
         ({"cost_scope": "tree"}, "cost_scope='tree'"),
         ({"solver": "simplex"}, "solver='simplex'"),
         ({"fill": "all"}, "fill='all'"),
+        ({"steps": "long"}, "steps='long'"),
+        ({"max_iter": 0}, "max_iter=0"),
         ({"validation_fraction": 1.5}, "validation_fraction=1.5"),
         ({"lam": None, "budget": 1.0, "solver": "primal_dual"}, "nested"),
         ({"estimator": GradientBoostingClassifier()}, "GradientBoostingClassifier"),
@@ -306,6 +308,22 @@ def test_drop_stumps_leaves_only_trees_that_split() -> None:
     dropped = changed(kept, drop_stumps=True).fit(X[300:], Y[300:])
     assert 0 < len(dropped.estimator_.estimators_) == splitting < 8
     assert dropped.estimator_.n_estimators == splitting
+
+
+def test_weights_of_validation_examples_are_repetitions() -> None:
+    forest = clone(FOREST).fit(X[:300], Y[:300])
+    times = np.arange(len(Y) - 300) % 3
+    rows = 300 + np.repeat(np.arange(len(times)), times)
+    weighted = BudgetPruner(forest, lam=3e-3, prefit=True)
+    weighted.fit(X[:300], Y[:300], X_val=X[300:], y_val=Y[300:], sample_weight_val=times)
+    repeated = changed(weighted).fit(X[:300], Y[:300], X_val=X[rows], y_val=Y[rows])
+    assert weighted.objective_ == pytest.approx(repeated.objective_)
+    assert weighted.cost_ == pytest.approx(weighted.expected_cost(X[300:], times))
+    np.testing.assert_array_equal(weighted.predict(X), repeated.predict(X))
+    with pytest.raises(ForestInputError, match="X_val is not given"):
+        changed(weighted).fit(X, Y, sample_weight_val=times)
+    with pytest.raises(ValueError, match="sample_weight"):
+        changed(weighted).fit(X, Y, X_val=X, y_val=Y, sample_weight_val=times)
 
 
 def test_primal_dual_reports_its_gap() -> None:

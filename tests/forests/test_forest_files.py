@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,8 @@ from secateur.errors import SecateurError, UsageError
 from secateur.forests import ForestInputError, load_forest, save_forest
 from secateur.forests.recipe import read_recipe
 from secateur.forests.tables import read_costs, read_table
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,16 @@ def test_tables_of_all_formats_agree(folder) -> None:
         ("a.csv", "a,y\n1,\n", "y", "no target"),
         ("a.txt", "", "y", "unknown kind"),
         ("absent.csv", None, "y", "no such file"),
+        ("a.csv", "a,y\n1,0\n1,2,3,4\n", "y", "cannot be read as csv"),
+        ("a.csv", "", "y", "cannot be read as csv"),
+        ("a.csv", "a,y\n", "y", "no rows"),
+        ("a.csv", "y\n1\n0\n", "y", "no feature"),
+        ("a.csv", "a,y\n1,0\ninf,1\n", "y", "data='a': row 2 is infinite"),
+        ("a.csv", "a,y\n1,0\n1e99,1\n", "y", "too large"),
+        ("a.csv", "a,y\n1,inf\n2,1\n", "y", "targets must be finite"),
+        ("a.csv", "a,y\n1,3\n2,3\n", "y", "same target"),
+        ("a.parquet", "junk", "y", "cannot be read as parquet"),
+        ("a.svm", "1 a:b\n", None, "cannot be read as svmlight"),
     ],
 )
 def test_wrong_tables_are_named(tmp_path, file, text, target, words) -> None:
@@ -109,10 +123,16 @@ def test_prices_and_groups(folder, tmp_path) -> None:
         ("f0: 1", "feature='f1'"),
         ("f0: cheap\nf1: 2", "no number"),
         ("[1]", "must map"),
+        ("f0: [1", "cannot be read as YAML"),
+        ("f0: -1\nf1: 2", "0 or more"),
+        ("f0: 1\nf1: 2\nf9: 1", "feature='f9'"),
     ):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(SecateurError, match=words):
             read_costs(tmp_path / "c.yaml", ["f0", "f1"])
+    (tmp_path / "c.csv").write_text("feature,cost\nf0,1\nf1,1\nf0,7\n")
+    with pytest.raises(SecateurError, match="twice"):
+        read_costs(tmp_path / "c.csv", ["f0", "f1"])
 
 
 def test_recipes_name_what_is_wrong(tmp_path) -> None:
@@ -123,6 +143,11 @@ def test_recipes_name_what_is_wrong(tmp_path) -> None:
         ("data: d.csv\nbugdet: 3", "bugdet"),
         ("data: d.csv\nbudget: -3", "budget"),
         ("budget: 3", "data"),
+        ("data: d.csv\nlam: .inf", "lam"),
+        ("data: d.csv\njobs: 0", "no work"),
+        ("data: d.csv\nseed: -1", "seed"),
+        ("data: d.csv\nsolver: simplex", "solver='simplex'"),
+        ("data: [", "cannot be read as YAML"),
         ("data: d.csv\ntest: 0.6\nvalidation: 0.5", "nothing to train"),
     ):
         file.write_text(text)
@@ -143,7 +168,8 @@ def test_prune_writes_a_forest_figures_and_a_page(folder, tmp_path) -> None:
     forest = load_forest(out / "forest.npz")
     assert sum(t.tree_.node_count for t in forest.estimators_) == record["after"]["nodes"]
     page = (out / "report.html").read_text()
-    assert "<svg" in page
+    for title in ("Score against cost", "Nodes against cost", "ask for a feature"):
+        assert title in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     (out / "report.html").unlink()
     assert run("report", out).exit_code == 0
@@ -163,6 +189,13 @@ def test_path_compare_and_json(folder, tmp_path) -> None:
     record = json.loads(result.stdout)
     assert {row["method"] for row in record["table"]} == {"budgetprune", "greedy"}
     assert "greedy" in (out / "report.html").read_text()
+    result = run(
+        "compare", data, "--target", "y", "--trees", 4, "-m", "budgetprune", "-m", "greedy", "-m",
+        "depth", "--costs", folder / "costs.yaml", "--seeds", 1, "-o", tmp_path / "c", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    unpruned_cost = json.loads(result.stdout)["unpruned"][0][1]
+    assert unpruned_cost <= 3 * 2, "three groups at 2 each, each paid once"
     groups = run(
         "prune", data, "--target", "y", "--trees", 4, "--costs", folder / "costs.yaml", "--lam",
         0.01, "-o", out, "--json",
@@ -175,14 +208,48 @@ def test_wrong_requests_end_in_a_message(folder, tmp_path) -> None:
     for arguments, words in (
         (["prune", data, "--target", "y"], "one of --budget and --lam"),
         (["prune", data, "--target", "q", "--lam", 1], "target='q'"),
+        (["prune", data, "--target", "y", "--budget", 1, "--solver", "primal_dual"], "nested"),
+        (["path", data, "--target", "y", "--solver", "primal_dual"], "nested"),
+        (["prune", data, "--target", "y", "--lam", 1, "-o", data], "in the way"),
         (["report", tmp_path], "no result.json"),
         (["compare", data, "--target", "y", "-m", "gredy"], "did you mean 'greedy'"),
     ):
-        caught = run(*arguments, *(["-o", tmp_path / "o"] if arguments[0] != "report" else []))
+        caught = run(
+            *arguments,
+            *([] if arguments[0] == "report" or "-o" in arguments else ["-o", tmp_path / "o"]),
+        )
         assert isinstance(caught.exception, SecateurError)
         assert words in str(caught.exception)
         assert caught.exception.exit_code == 2
     assert not (tmp_path / "o").exists()
+
+
+def test_the_primal_dual_prunes_from_the_command_line(folder, tmp_path) -> None:
+    result = run(
+        "prune", folder / "data.csv", "--target", "y", "--trees", 4, "--lam", 0.01, "--solver",
+        "primal_dual", "-o", tmp_path, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["optimum"]["solver"] == "primal_dual"
+    assert record["optimum"]["gap"] < 0.01 * record["optimum"]["objective"]
+    assert len(record["path"]) > 2
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "recipes" / "forests").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_recipes_run(folder, tmp_path, monkeypatch, file) -> None:
+    words = re.search(
+        r"^#   secateur forest (\w+) --recipe (\S+) --out \S+", file.read_text(), re.M
+    )
+    assert words, "a recipe says how it is run"
+    assert ROOT / words[2] == file
+    assert words[2] in (ROOT / "docs" / "recipes.md").read_text()
+    monkeypatch.chdir(folder)
+    result = run(words[1], "--recipe", file, "--trees", 5, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("command", ["prune", "path", "compare", "report"])

@@ -153,7 +153,7 @@ def test_training_it_lowers_the_loss_and_loses_no_zero():
 
 
 @pytest.mark.parametrize("kind", ["lora", "mask-lora", "scale-lora", "spp"])
-def test_dropout_acts_in_training_only_and_repeats_with_the_seed(kind):
+def test_dropout_acts_while_learning_only_and_repeats_with_the_seed(kind):
     model, view, masks = pruned()
     if kind == "lora":
         masks = {}
@@ -161,14 +161,51 @@ def test_dropout_acts_in_training_only_and_repeats_with_the_seed(kind):
     disturb(adapters, 0.1)
     quiet = logits(model)
     assert torch.equal(logits(model), quiet)
-    model.train()
     torch.manual_seed(1)
-    first = logits(model)
-    second = logits(model)
+    first = model(IDS).logits
+    second = model(IDS).logits
     torch.manual_seed(1)
-    assert torch.equal(logits(model), first)
+    assert torch.equal(model(IDS).logits, first)
     assert not torch.allclose(first, second)
     assert not torch.allclose(first, quiet)
+
+
+def test_with_every_the_mask_rests_in_the_steps_between_and_is_merged_all_the_same():
+    from secateur.data.windows import Windows
+    from secateur.training.perp import perp
+    from secateur.training.settings import TrainSettings
+
+    model, view, masks = pruned()
+    adapters = Adapters.attach(view, masks, AdapterOptions("mask-lora", rank=4, every=2))
+    disturb(adapters, 0.1)
+    exact = logits(model)
+    torch.testing.assert_close(model(IDS).logits, exact)
+    for module in adapters.modules.values():
+        module.masked = False
+    assert not torch.allclose(model(IDS).logits, exact, atol=1e-2), "the update is dense now"
+    assert torch.equal(logits(model), exact), "looking at it is always exact"
+    adapters.merge()
+    torch.testing.assert_close(logits(model), exact)
+
+    seen = []
+    from secateur.training import adapters as module_of
+
+    plain = module_of.masked_linear
+    module_of.masked_linear = lambda *a: seen.append(1) or plain(*a)
+    try:
+        settings = TrainSettings(steps=6, lr=1e-3, batch=2)
+        perp(
+            view,
+            masks,
+            Windows(IDS),
+            settings,
+            train=("mask-lora",),
+            adapter={"rank": 2, "every": 3},
+        )
+    finally:
+        module_of.masked_linear = plain
+    assert len(seen) == 2 * 14, "steps 0 and 3, each of 14 matrices"
+    assert zeros_hold(view, masks)
 
 
 def test_gradients_are_the_same_when_activations_are_recomputed():
@@ -248,19 +285,25 @@ def test_an_exception_takes_them_off():
     assert all(torch.equal(after[n], before[n]) for n in before)
 
 
-def test_after_structured_cuts_any_shapes_do():
-    """Rows of different widths in each block, nothing masked: LoRA as after SlimGPT."""
+def narrowed():
+    """A Llama whose MLPs have been cut to another width in each block."""
     model = tiny_model("llama")
     for index, layer in enumerate(model.model.layers):
         width = 40 + 24 * index
         mlp = layer.mlp
         for name in ("gate_proj", "up_proj"):
-            cut = nn.Linear(mlp.gate_proj.in_features, width, bias=False)
-            cut.weight.data = getattr(mlp, name).weight.data[:width].clone()
-            setattr(mlp, name, cut)
+            part = nn.Linear(mlp.gate_proj.in_features, width, bias=False)
+            part.weight.data = getattr(mlp, name).weight.data[:width].clone()
+            setattr(mlp, name, part)
         down = nn.Linear(width, mlp.down_proj.out_features, bias=False)
         down.weight.data = mlp.down_proj.weight.data[:, :width].clone()
         mlp.down_proj = down
+    return model
+
+
+def test_after_structured_cuts_any_shapes_do():
+    """Rows of different widths in each block, nothing masked: LoRA as after SlimGPT."""
+    model = narrowed()
     view = ModelView.of(model)
     targets = ("q", "k", "v", "o", "gate", "up", "down")
     adapters = Adapters.attach(view, {}, AdapterOptions("lora", 8, 16.0, targets=targets))
@@ -269,6 +312,33 @@ def test_after_structured_cuts_any_shapes_do():
     trained = logits(model)
     adapters.merge()
     torch.testing.assert_close(logits(model), trained, atol=1e-4, rtol=1e-4)
+
+
+def test_retraining_after_structured_cuts_leaves_a_plain_better_model():
+    """LLM-Pruner's and SlimGPT's retraining: r = 8, alpha = 16 on all seven, merged."""
+    from secateur.data.windows import Windows
+    from secateur.training.perp import perp
+    from secateur.training.settings import TrainSettings
+
+    model = narrowed()
+    names = list(model.state_dict())
+    # One text over and over: that it is learnt is safe to assert.
+    data = Windows(IDS.repeat(4, 1))
+    with torch.no_grad():
+        before = float(model(IDS, labels=IDS).loss)
+    record = perp(
+        ModelView.of(model),
+        {},
+        data,
+        TrainSettings(steps=12, lr=3e-3, batch=4),
+        train=("lora",),
+        adapter={"rank": 8, "alpha": 16.0, "targets": ["q", "k", "v", "o", "gate", "up", "down"]},
+    )
+    with torch.no_grad():
+        after = float(model(IDS, labels=IDS).loss)
+    assert after < 0.9 * before
+    assert after < record["last_loss"], "what was trained is what is in the weights"
+    assert list(model.state_dict()) == names
 
 
 def test_a_tied_head_is_refused_until_it_is_untied():
@@ -346,6 +416,8 @@ def test_nan_is_not_merged():
         ({"alpha": float("nan")}, "alpha"),
         ({"dropout": 1.0}, "dropout"),
         ({"init": "paper"}, "init"),
+        ({"every": 0}, "every"),
+        ({"every": 2, "kind": "scale-lora"}, "every"),
     ],
 )
 def test_bad_options_name_the_field(options, field):

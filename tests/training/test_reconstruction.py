@@ -136,15 +136,15 @@ def test_nan_stops_and_names_the_part():
 
 
 @pytest.mark.parametrize(
-    ("unit", "targets"), [("block", "pruned"), ("block", "dense"), ("matrix", "pruned")]
+    ("unit", "stream"), [("block", "pruned"), ("block", "dense"), ("matrix", "pruned")]
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_every_block_and_the_whole_come_closer_and_zeros_stay(family, unit, targets):
+def test_every_block_and_the_whole_come_closer_and_zeros_stay(family, unit, stream):
     model, view, masks, dense = cut(family)
     before = distance(model, dense)
     names = list(model.state_dict())
     train = ("mask-lora",) if unit == "matrix" else ("norms", "mask-lora")
-    record = repair(view, masks, dense, train, unit=unit, targets=targets)
+    record = repair(view, masks, dense, train, unit=unit, stream=stream)
     assert all(b["kept"] and b["after"] < b["before"] for b in record["blocks"])
     assert distance(model, dense) < before
     assert all((m.tensor()[masks[m.name]] == 0).all() for m in view.matrices())
@@ -195,7 +195,7 @@ def test_the_same_twice():
     states = []
     for _ in range(2):
         model, view, masks, dense = cut()
-        repair(view, masks, dense, adapter={"rank": 4, "dropout": 0.2})
+        repair(view, masks, dense, adapter={"rank": 4, "dropout": 0.2, "every": 2})
         states.append(model.state_dict())
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
 
@@ -221,10 +221,10 @@ def test_padded_windows():
 # -- stopped and gone on ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", ["pruned", "dense"])
-def test_stopped_after_a_block_it_goes_on_to_the_same_weights(tmp_path, targets, monkeypatch):
+@pytest.mark.parametrize("stream", ["pruned", "dense"])
+def test_stopped_after_a_block_it_goes_on_to_the_same_weights(tmp_path, stream, monkeypatch):
     model, view, masks, dense = cut(num_hidden_layers=3)
-    repair(view, masks, dense, targets=targets)
+    repair(view, masks, dense, stream=stream)
     whole = model.state_dict()
 
     model, view, masks, dense = cut(num_hidden_layers=3)
@@ -237,7 +237,7 @@ def test_stopped_after_a_block_it_goes_on_to_the_same_weights(tmp_path, targets,
 
     monkeypatch.setattr(Reconstruction, "_repair", stops)
     with pytest.raises(KeyboardInterrupt):
-        repair(view, masks, dense, targets=targets, folder=tmp_path)
+        repair(view, masks, dense, stream=stream, folder=tmp_path)
     monkeypatch.setattr(Reconstruction, "_repair", trained)
 
     model, view, masks, dense = cut(num_hidden_layers=3)
@@ -245,7 +245,7 @@ def test_stopped_after_a_block_it_goes_on_to_the_same_weights(tmp_path, targets,
     monkeypatch.setattr(
         Reconstruction, "_repair", lambda s, b, *r: done.append(b.index) or trained(s, b, *r)
     )
-    record = repair(view, masks, dense, targets=targets, folder=tmp_path)
+    record = repair(view, masks, dense, stream=stream, folder=tmp_path)
     assert done == [2]
     assert [b["block"] for b in record["blocks"]] == [0, 1, 2]
     assert all(torch.equal(t, whole[n]) for n, t in model.state_dict().items())
@@ -256,8 +256,8 @@ def test_another_setting_does_not_go_on(tmp_path):
     repair(view, masks, dense, folder=tmp_path)
     _, view, masks, dense = cut()
     with pytest.raises(UsageError) as error:
-        repair(view, masks, dense, targets="dense", folder=tmp_path)
-    assert error.value.field == "targets"
+        repair(view, masks, dense, stream="dense", folder=tmp_path)
+    assert error.value.field == "stream"
 
 
 def test_streamed_from_disk_it_gives_the_same_weights(tmp_path, tiny_folder):
@@ -344,8 +344,8 @@ def test_two_processes_agree_with_one(tmp_path):
         ({"train": ("lora",)}, "train"),  # would fill the zeros
         ({"train": ("norms",), "unit": "matrix"}, "train"),
         ({"unit": "window"}, "unit"),
-        ({"targets": "mine"}, "targets"),
-        ({"targets": "dense", "unit": "matrix", "train": ("all",)}, "targets"),
+        ({"stream": "mine"}, "stream"),
+        ({"stream": "dense", "unit": "matrix", "train": ("all",)}, "stream"),
         ({"adapter": {"rnk": 4}}, "rnk"),
         ({"adapter": {"rank": "many"}}, "rank"),
         ({"adapter": {"rank": 0}}, "rank"),
@@ -367,3 +367,43 @@ def test_another_dense_model_is_refused():
     for other in (tiny_model("llama", num_hidden_layers=3), tiny_model("llama", hidden_size=96)):
         with pytest.raises(UsageError, match="the dense model has"):
             repair(view, masks, other)
+
+
+def test_a_streamed_run_cannot_recover_and_says_what_can():
+    from secateur.recipe import Recipe
+
+    with pytest.raises(UsageError, match="streamed") as error:
+        Recipe.build({"model": "tiny", "stream": True, "recovery": {"method": "reconstruct"}})
+    assert "Reconstruction" in error.value.fix
+
+
+def test_the_trained_share_is_told_and_a_run_can_do_it():
+    """As the step of a run, by the recipe's words."""
+    from secateur.progress import Progress
+    from secateur.training.recoveries import Task, recoveries
+
+    told = []
+
+    class Listening(Progress):
+        def note(self, message):
+            told.append(message)
+
+    model, view, masks, dense = cut()
+    before = distance(model, dense)
+    task = Task(
+        view,
+        masks,
+        Windows(IDS),
+        FAST,
+        ("norms", "mask-lora"),
+        adapter={"rank": 4, "targets": ["q", "down"]},
+        reconstruction={"samples": 4, "unit": "block", "stream": "dense"},
+        teacher=lambda: dense,
+        progress=Listening(),
+    )
+    record = recoveries["reconstruct"](task)
+    assert record["windows"] == 4
+    assert distance(model, dense) < before
+    assert any("% of each block" in line for line in told)
+    with pytest.raises(UsageError, match="before the cut"):
+        recoveries["reconstruct"](Task(view, masks, Windows(IDS), FAST, ("norms",)))

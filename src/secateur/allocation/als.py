@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from secateur.allocation.base import Allocator, Problem
+from secateur.allocation.base import Allocator, Problem, refuse_target_outside
 from secateur.allocation.projection import refuse_infeasible
 from secateur.errors import UsageError
 from secateur.evidence.readings import Reading
@@ -165,6 +165,10 @@ class ALS(Allocator):
         if self.min_sparsity is not None:
             low = self.min_sparsity
         return low, high if self.max_sparsity is None else self.max_sparsity
+
+    def refuse_bounds(self, problem: Problem) -> None:
+        """See ``Allocator.refuse_bounds``: the blocks' own bounds are the narrower."""
+        refuse_target_outside(problem.sparsity, *self.layer_bounds(problem))
 
     def bounds(self, problem: Problem) -> tuple[float, float]:
         """A matrix may go beyond its block's bounds by ``component_width``."""

@@ -140,6 +140,14 @@ class Allocator(ABC):
         high = 1 - (1 - problem.sparsity) / 10
         return low, high if self.max_sparsity is None else self.max_sparsity
 
+    def refuse_bounds(self, problem: Problem) -> None:
+        """Stop before anything is read where the target lies outside the bounds.
+
+        Raises:
+            UsageError: naming the bound.
+        """
+        refuse_target_outside(problem.sparsity, *self.bounds(problem))
+
     def plan(self, problem: Problem) -> Plan:
         """The wishes, moved to the budget and rounded to whole weights or N of M.
 
@@ -181,6 +189,26 @@ class Allocator(ABC):
                 value=options.get(name),
                 fix=f"see 'secateur allocators' for the options of {cls.name}",
             ) from None
+
+
+def refuse_target_outside(sparsity: float, low: float, high: float) -> None:
+    """Stop where a target lies outside the bounds of all ratios.
+
+    Raises:
+        UsageError: naming the bound.
+    """
+    for field_, bound, wrong in (
+        ("min_sparsity", low, low > sparsity + 1e-12 or not 0 <= low <= 1),
+        ("max_sparsity", high, high < sparsity - 1e-12 or not 0 <= high <= 1),
+    ):
+        if wrong:
+            raise UsageError(
+                f"the target {sparsity:.6g} cannot be met: it must lie within the bounds, "
+                "and those in [0, 1]",
+                field=field_,
+                value=bound,
+                fix=f"min_sparsity <= {sparsity:.6g} <= max_sparsity",
+            )
 
 
 def make_plan_of(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocation.base import Allocator, Problem
+from secateur.allocation.erdos_renyi import warn
 from secateur.allocation.plan import Plan
 from secateur.errors import UsageError
 from secateur.masks.target import Target
@@ -80,6 +81,7 @@ class Global(Allocator):
     def _ranked(self, problem: Problem) -> Plan:
         if problem.scores is None:
             raise ValueError("a global ranking needs the method's scores")
+        warn(problem, self.name)
         return global_plan(problem.scores(), Target(problem.sparsity))
 
     def plan(self, problem: Problem) -> Plan:

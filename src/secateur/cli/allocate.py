@@ -16,7 +16,7 @@ import importlib
 import typer
 
 # Commands of the group, in the order --help shows them.
-COMMANDS = ("make", "show", "compare")
+COMMANDS = ("make", "show", "compare", "search")
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False

@@ -57,7 +57,7 @@ def table(summaries: Mapping[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
     values = [v for s in summaries.values() for v in s["blocks"].values()]
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     out = Table(box=None, header_style="bold")
     out.add_column("plan")
     for heading in ("in all", "least", "most", "spread"):

@@ -11,6 +11,8 @@ Run the same command again after a crash or Ctrl-C: it goes on where it stopped.
 
   secateur prune demo --sparsity 2:4 --recover perp --train norms,mask-lora -R steps=200 -o out
 
+  secateur prune demo --method unit-magnitude -s 0.25 -S kinds=[ffn] -S round_to=8 -o demo-ffn
+
   secateur prune ./llama-70b --quality best --sparsity 0.6 --stream --out llama-60
 """
 
@@ -62,6 +64,10 @@ def command(
     include: common.Include = None,
     exclude: common.Exclude = None,
     blocks: common.Blocks = None,
+    structure: Annotated[
+        list[str] | None,
+        typer.Option("--structure", "-S", help="what whole units go: NAME=VALUE, e.g. kinds=[ffn]"),
+    ] = None,
     device: common.Device = None,
     dtype: common.Dtype = None,
     stream: common.Stream = False,
@@ -97,6 +103,7 @@ def command(
                 granularity=granularity,
                 reconstruct=reconstruct,
                 options=common.read_options(option),
+                structure=common.read_options(structure),
                 include=include,
                 exclude=exclude,
                 blocks=blocks,
@@ -142,11 +149,24 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         return
     totals, quality, size = report["totals"], report.get("quality"), report.get("size")
     common.say()
-    common.say(
-        f"[bold]{common.plain(report['model']['name'])}[/bold]: "
-        f"{totals['zeros']:,} of {totals['elements']:,} weights removed "
-        f"({totals['delivered']:.2%}; asked {totals['asked']:.2%}), verified"
-    )
+    name = common.plain(report["model"]["name"])
+    if report.get("structure"):
+        flops = report["structure"]["flops"]["prefill"]["ratio"]
+        target = report["structure"]["target"]
+        asked = f"{target['asked']:.2%} of the {target['kind']}"
+        if target["kind"] != "ratio" and target["delivered"] is not None:
+            asked += f", delivered {target['delivered']:.2%}"
+        common.say(
+            f"[bold]{name}[/bold]: {totals['elements']:,} parameters -> "
+            f"{totals['elements'] - totals['zeros']:,}; {totals['delivered']:.2%} of the units' "
+            f"weights cut out (asked {asked}), {flops:.2f}x fewer FLOPs, verified"
+        )
+    else:
+        common.say(
+            f"[bold]{name}[/bold]: "
+            f"{totals['zeros']:,} of {totals['elements']:,} weights removed "
+            f"({totals['delivered']:.2%}; asked {totals['asked']:.2%}), verified"
+        )
     if quality:
         dense, pruned = quality["dense"]["perplexity"], quality["pruned"]["perplexity"]
         common.say(
@@ -160,9 +180,10 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         common.say(f"recovery    {told(report)}")
     if size:
         disk = size["disk"]
+        bitmask = disk.get("bitmask")
         common.say(
-            f"on disk     {disk['dense'] / 1e6:.0f} MB dense, {disk['pruned'] / 1e6:.0f} MB here, "
-            f"{disk['bitmask'] / 1e6:.0f} MB as bitmask ('secateur export')"
+            f"on disk     {disk['dense'] / 1e6:.0f} MB dense, {disk['pruned'] / 1e6:.0f} MB here"
+            + (f", {bitmask / 1e6:.0f} MB as bitmask ('secateur export')" if bitmask else "")
         )
     if report.get("speed"):
         common.say(f"speed       {common.plain(report['speed']['verdict'])}")

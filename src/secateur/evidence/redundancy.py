@@ -21,7 +21,7 @@ from secateur.evidence.statistics import add_gram
 Feature = Literal["input", "output", "gate"]
 Normalise = Literal["none", "centre", "standardise"]
 _GATES = ("gate", "gate_up", "fc1", "up")
-_CHUNK = 1 << 18  # entries of all Grams multiplied in float64 at a time
+_CHUNK = 1 << 18  # entries of all Grams whose products are summed before float64
 
 
 def normalised(x: Tensor, how: Normalise = "centre") -> Tensor:
@@ -55,8 +55,8 @@ def redundancy(grams: Sequence[Tensor]) -> Tensor:
     flat = [g.reshape(-1) for g in grams]
     width = max(1, _CHUNK // n)
     for start in range(0, flat[0].numel(), width):
-        part = torch.stack([f[start : start + width] for f in flat]).double()
-        products += part @ part.T
+        part = torch.stack([f[start : start + width] for f in flat])
+        products += (part @ part.T).double()
     products = (products + products.T) / 2  # a GEMM is symmetric only up to rounding
     norm = products.diagonal().sqrt()
     psi = products / (norm[:, None] * norm).clamp_min(torch.finfo(torch.float64).tiny)

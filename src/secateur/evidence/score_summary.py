@@ -3,9 +3,9 @@
 A block of a large model has 2e8 of them. Here they are counted into a fixed logarithmic
 histogram, 128 bins to each power of two: a bin holds the numbers that share the first 16 bits
 of their float32 pattern, so finding it is a shift, no logarithm and no range to guess, and
-summaries of any parts of a block add up exactly. Moments are kept exactly beside it. Any
-element-wise function followed by any reduction is then a weighted sum over a few thousand
-bin centres instead of a pass over the weights.
+summaries of any parts of a block add up exactly. Each bin keeps its sum too, and moments are
+kept exactly beside it. Any element-wise function followed by any reduction is then a weighted
+sum over the means of a few thousand bins instead of a pass over the weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ BINS = 2**15
 COMMON = (2.0, 3.0, 5.0, 6.0, 7.0, 10.0)
 """Multiples of the mean whose outliers are counted for whoever asks: one pass serves them all."""
 _SHIFT = 16
+_PIECE = 2**24  # scores handled at once
 Values = NDArray[np.float64]
 
 
@@ -39,6 +40,7 @@ class ScoreSummary:
         logs, log_squares: the same of the natural logarithm, zeros left out.
         low, high: the smallest score above zero, and the largest.
         bins: (32768,) int64, how many scores fall in each bin (zeros not counted).
+        sums: (32768,) float64, their sum in each bin.
     """
 
     def __init__(self) -> None:
@@ -51,6 +53,7 @@ class ScoreSummary:
         self.low = float("inf")
         self.high = 0.0
         self.bins = torch.zeros(BINS, dtype=torch.int64)
+        self.sums = torch.zeros(BINS, dtype=torch.float64)
         self._above: dict[float, int] = {}
 
     # -- gathering -----------------------------------------------------------------------------
@@ -62,22 +65,27 @@ class ScoreSummary:
         Raises:
             NumericsError: one is NaN, infinite or negative; ``name`` says whose.
         """
-        if not scores.numel():
+        self._above.clear()  # they belonged to another mean
+        for flat in scores.detach().reshape(-1).split(_PIECE):
+            self._add(flat.to(torch.float32), name)
+
+    def _add(self, flat: Tensor, name: str) -> None:
+        if not flat.numel():
             return
-        flat = scores.detach().reshape(-1).to(torch.float32)
         if not all_finite(flat) or float(flat.min()) < 0:
             raise NumericsError(
                 f"the scores of '{name}' are not all finite and >= 0, so they have no histogram",
                 fix="allocate with a method whose scores are importances (wanda, magnitude)",
             )
         flat = flat.abs()  # -0.0 has another bit pattern than 0.0
-        self.bins += torch.bincount(flat.view(torch.int32) >> _SHIFT, minlength=BINS).cpu()
+        index = flat.view(torch.int32) >> _SHIFT
+        self.bins += torch.bincount(index, minlength=BINS).cpu()
+        self.sums += torch.bincount(index, flat.double(), minlength=BINS).cpu()
         positive = flat[flat > 0]
         zeros = flat.numel() - positive.numel()
         self.bins[0] -= zeros
         self.count += flat.numel()
         self.zeros += zeros
-        self._above.clear()  # they belonged to another mean
         if positive.numel():
             logs = positive.log()
             self.total += float(positive.sum(dtype=torch.float64))
@@ -92,7 +100,7 @@ class ScoreSummary:
         for name in ("count", "zeros", "total", "squares", "logs", "log_squares"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-        self.bins = self.bins + other.bins
+        self.bins, self.sums = self.bins + other.bins, self.sums + other.sums
         self._above.clear()
 
     @torch.no_grad()
@@ -129,17 +137,16 @@ class ScoreSummary:
         return self.count == self.zeros or (not self.zeros and self.low == self.high)
 
     def points(self) -> tuple[Values, Values]:
-        """Bin centres and how many scores each stands for, both (n,) float64; zeros first."""
+        """Mean score of each bin and how many it stands for, both (n,) float64; zeros first."""
         index = torch.nonzero(self.bins).squeeze(1)
-        bits = (index.to(torch.int32) << _SHIFT) + (1 << (_SHIFT - 1))
-        centres = bits.view(torch.float32).double().numpy()
-        # The outermost bins hold only what lies inside the range: a constant stays itself.
-        centres = np.clip(centres, min(self.low, self.high), self.high)
         weights = self.bins[index].double().numpy()
+        # Clipping undoes the rounding of the division: a constant stays itself.
+        means = self.sums[index].numpy() / weights
+        means = np.clip(means, min(self.low, self.high), self.high)
         if self.zeros:
-            centres = np.concatenate([[0.0], centres])
+            means = np.concatenate([[0.0], means])
             weights = np.concatenate([[float(self.zeros)], weights])
-        return centres, weights
+        return means, weights
 
     def outlier_ratio(self, multiple: float) -> float:
         """The share of scores above ``multiple`` times their mean.
@@ -170,6 +177,7 @@ class ScoreSummary:
         moments = [self.total, self.squares, self.logs, self.log_squares, self.low, self.high]
         return {
             "bins": self.bins,
+            "sums": self.sums,
             "counts": torch.tensor([self.count, self.zeros]),
             "moments": torch.tensor(moments, dtype=torch.float64),
             "multiples": torch.tensor(list(self._above), dtype=torch.float64),
@@ -180,7 +188,7 @@ class ScoreSummary:
     def from_state(cls, state: dict[str, Tensor]) -> ScoreSummary:
         """The inverse of ``state``."""
         out = cls()
-        out.bins = state["bins"].clone()
+        out.bins, out.sums = state["bins"].clone(), state["sums"].clone()
         out.count, out.zeros = state["counts"].tolist()
         moments: list[Any] = state["moments"].tolist()
         out.total, out.squares, out.logs, out.log_squares, out.low, out.high = moments

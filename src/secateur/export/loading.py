@@ -9,6 +9,12 @@ import torch
 
 from secateur.errors import MissingExtra, UsageError, VerificationError
 from secateur.export.bitmask import FILE_NAME, load_bitmask
+from secateur.models.loading import DTYPES
+from secateur.models.structured_saving import (
+    load_structured,
+    read_manifest,
+    restore_structure,
+)
 
 
 def load_pruned(
@@ -41,6 +47,16 @@ def load_pruned(
     kwargs["trust_remote_code"] = trust_remote_code
     if not (path / "config.json").is_file():
         raise UsageError("not a model folder: it has no config.json", field="path", value=str(path))
+    manifest = read_manifest(path)
+    if manifest is not None and not manifest["stock"]:
+        kind_ = None if dtype == "auto" else dtype
+        return load_structured(
+            path,
+            manifest,
+            dtype=DTYPES[kind_] if isinstance(kind_, str) else kind_,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=kwargs.get("attn_implementation"),
+        )
     if not (path / FILE_NAME).is_file():
         model, info = auto.from_pretrained(
             path,
@@ -51,6 +67,8 @@ def load_pruned(
             **kwargs,
         )
         _refuse_gaps(path, info)
+        if manifest is not None:
+            restore_structure(model, manifest, path)
         return model
     config = AutoConfig.from_pretrained(
         path, trust_remote_code=trust_remote_code, local_files_only=True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from sklearn.base import is_classifier
 
 from secateur.forests.checks import ForestInputError, check_number
@@ -26,7 +26,7 @@ from secateur.forests.losses import resolve_loss
 from secateur.forests.metrics import expected_feature_cost
 from secateur.forests.programme import build_programme
 from secateur.forests.rebuild import rebuild_forest
-from secateur.progress import SILENT, Progress
+from secateur.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -80,32 +80,14 @@ class CandidatePruner(BudgetedForest):
         self.n_jobs = n_jobs
         self.random_state = random_state
 
-    def fit(
-        self,
-        X: Any,
-        y: ArrayLike,
-        sample_weight: ArrayLike | None = None,
-        *,
-        X_val: Any = None,
-        y_val: ArrayLike | None = None,
-        progress: Progress = SILENT,
-    ) -> Self:
-        """Grow the forest (unless ``prefit``), make the candidates and choose.
-
-        Raises:
-            ForestInputError: a parameter or the data are wrong, or nothing fits the budget.
-        """
+    def _check_parameters(self) -> None:
         if self.budget is not None:
             check_number("budget", self.budget)
-        forest, train, validation = self._forest_and_roles(
-            X, y, sample_weight, X_val, y_val,
-            prefit=self.prefit,
-            wants_validation=True,
-            fraction=self.validation_fraction,
-            seed=self.random_state,
-        )  # fmt: skip
+
+    def _prune(
+        self, forest: Any, train: Examples | None, validation: Examples | None, progress: Progress
+    ) -> None:
         assert validation is not None
-        self.unpruned_ = forest
         found = [
             Candidate(
                 knob,
@@ -118,9 +100,7 @@ class CandidatePruner(BudgetedForest):
             for knob, candidate in self._candidates(forest, train, validation, progress)
         ]
         self.candidates_ = sorted(found, key=lambda c: (-c.cost, c.knob))
-        if self.budget is None:
-            return self.select(np.inf)
-        return self.select(self.budget)
+        self.select(np.inf if self.budget is None else self.budget)
 
     def select(self, budget: float) -> Self:
         """Take the candidate with the best validation score among those within ``budget``."""

@@ -75,6 +75,25 @@ def check_number(field: str, value: object) -> None:
         raise ForestInputError("must be a finite number, 0 or more", field=field, value=value)
 
 
+def check_lam_or_budget(lam: object, budget: object) -> None:
+    """Refuse both, none, or one that is no finite number, 0 or more.
+
+    Raises:
+        ForestInputError: naming the field.
+    """
+    if (lam is None) == (budget is None):
+        raise ForestInputError(
+            f"exactly one of lam and budget is needed, {'none' if lam is None else 'both'} given",
+            field="lam",
+            value=lam,
+            fix="lam= for a fixed trade-off, budget= for a mean cost per example",
+        )
+    if budget is None:
+        check_number("lam", lam)
+    else:
+        check_number("budget", budget)
+
+
 def feature_costs(
     costs: ArrayLike | Mapping[str, float] | None,
     groups: Sequence[Any] | NDArray[Any] | None,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import train_test_split
 
@@ -24,7 +24,8 @@ from secateur.forests.baselines import (
     GreedyPruner,
 )
 from secateur.forests.budgetrf import BudgetRF
-from secateur.forests.checks import UnsupportedForestError
+from secateur.forests.checks import FeatureCosts, UnsupportedForestError, feature_costs
+from secateur.forests.flat import flatten
 from secateur.forests.lightgbm_lazy import lightgbm_candidates
 from secateur.forests.metrics import expected_feature_cost
 from secateur.forests.pruner import BudgetPruner
@@ -45,8 +46,14 @@ class Split:
     y_val: NDArray
     x_test: NDArray[np.float32]
     y_test: NDArray
-    prices: NDArray[np.float64]
+    costs: FeatureCosts
     seed: int
+
+    @property
+    def priced(self) -> dict[str, Any]:
+        """The prices as the estimators here take them."""
+        group = self.costs.group
+        return {"feature_costs": self.costs.price[group], "feature_groups": group}
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def _budget_prune(source: str, loss: str, *, filled: bool = False) -> Candidates
     def candidates(split: Split) -> list[tuple[float, Any]]:
         pruner = BudgetPruner(
             split.forest,
-            feature_costs=split.prices,
+            **split.priced,
             lam=0.0,
             error_source=source,
             node_loss=loss if is_classifier(split.forest) else "auto",
@@ -119,7 +126,7 @@ def _budget_prune(source: str, loss: str, *, filled: bool = False) -> Candidates
 
 def _baseline(kind: type[CandidatePruner]) -> Candidates:
     def candidates(split: Split) -> list[tuple[float, Any]]:
-        pruner = kind(split.forest, feature_costs=split.prices, prefit=True)
+        pruner = kind(split.forest, **split.priced, prefit=True)
         pruner.fit(split.x_train, split.y_train, X_val=split.x_val, y_val=split.y_val)
         return [(c.knob, c.forest) for c in pruner.candidates_]
 
@@ -146,8 +153,9 @@ def compare(
     X: NDArray,
     y: NDArray,
     estimator: Any,
-    prices: Callable[[int], NDArray[np.float64]],
+    prices: Callable[[int], ArrayLike],
     *,
+    groups: Sequence[Any] | None = None,
     methods: Sequence[str],
     seeds: Sequence[int] = (0, 1, 2),
     budgets: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
@@ -157,13 +165,15 @@ def compare(
 
     Args:
         prices: seed -> (n_features,) feature costs.
+        groups: a label per feature; a group is bought whole and paid once.
         methods: names from ``METHODS``; one whose package is missing is left out and noted.
     """
     chosen = {name: METHODS[name] for name in methods}
     result = Comparison(budgets=[float(b) for b in budgets])
     with progress.stage("compare", total=len(seeds) * len(methods), unit="runs") as advance:
         for seed in seeds:
-            split = make_split(X, y, estimator, prices(seed), seed)
+            names = [f"x{i}" for i in range(np.shape(X)[1])]
+            split = make_split(X, y, estimator, feature_costs(prices(seed), groups, names), seed)
             full = _figures(split.forest, split, np.inf)
             result.unpruned.append((full.test_score, full.test_cost, full.nodes))
             for name, method in chosen.items():
@@ -179,9 +189,7 @@ def compare(
     return result
 
 
-def make_split(
-    X: NDArray, y: NDArray, estimator: Any, prices: NDArray[np.float64], seed: int
-) -> Split:
+def make_split(X: NDArray, y: NDArray, estimator: Any, costs: FeatureCosts, seed: int) -> Split:
     """Split the data and grow this seed's forest on the training half."""
     x = np.ascontiguousarray(X, dtype=np.float32)
     classify = is_classifier(estimator)
@@ -192,14 +200,11 @@ def make_split(
         x_rest, y_rest, test_size=0.5, random_state=seed, stratify=y_rest if classify else None
     )
     forest = clone(estimator).set_params(random_state=seed).fit(x_train, y_train)
-    return Split(forest, x_train, y_train, x_val, y_val, x_test, y_test, prices, seed)
+    return Split(forest, x_train, y_train, x_val, y_val, x_test, y_test, costs, seed)
 
 
 def _figures(forest: Any, split: Split, knob: float) -> CurvePoint:
-    from secateur.forests.checks import feature_costs
-    from secateur.forests.flat import flatten
-
-    costs = feature_costs(split.prices, None, [f"x{i}" for i in range(len(split.prices))])
+    costs = split.costs
     if hasattr(forest, "lazy_cost"):  # a model that is no scikit-learn forest prices itself
         val_cost, test_cost = (
             forest.lazy_cost(split.x_val, costs),

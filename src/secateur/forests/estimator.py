@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,7 @@ from secateur.forests.checks import feature_costs as read_costs
 from secateur.forests.data_roles import Examples, hold_out
 from secateur.forests.lazy import Fetch, LazyPrediction, predict_lazy
 from secateur.forests.metrics import expected_feature_cost, feature_usage
+from secateur.progress import SILENT, Progress
 
 
 def _inner_has(name: str) -> Any:
@@ -39,9 +41,53 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
     estimator: Any
     feature_costs: Any
     feature_groups: Any
+    prefit: bool
+    validation_fraction: float
+    random_state: Any
     estimator_: Any
     unpruned_: Any
     costs_: FeatureCosts
+
+    def fit(
+        self,
+        X: Any,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        *,
+        X_val: Any = None,
+        y_val: ArrayLike | None = None,
+        sample_weight_val: ArrayLike | None = None,
+        progress: Progress = SILENT,
+    ) -> Self:
+        """Grow the forest (unless ``prefit``) and prune it.
+
+        Args:
+            X, y, sample_weight: the examples; see ``prefit`` and ``validation_fraction``.
+            X_val, y_val, sample_weight_val: validation examples of your own.
+            progress: where to show it.
+
+        Raises:
+            ForestInputError: a parameter or the data are wrong, or nothing fits the budget.
+        """
+        self._check_parameters()
+        roles = self._forest_and_roles(X, y, sample_weight, X_val, y_val, sample_weight_val)
+        self.unpruned_ = roles[0]
+        self._prune(*roles, progress)
+        return self
+
+    @abstractmethod
+    def _check_parameters(self) -> None:
+        """Refuse wrong parameters before anything is grown."""
+
+    @abstractmethod
+    def _prune(
+        self, forest: Any, train: Examples | None, validation: Examples | None, progress: Progress
+    ) -> None:
+        """Set ``estimator_`` and what is known about it."""
+
+    def _wants_validation(self) -> bool:
+        """Whether validation examples must be there, held out of X if not given."""
+        return True
 
     def predict(self, X: Any) -> NDArray:
         """(n,) labels or values."""
@@ -96,6 +142,15 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         tags.input_tags.allow_nan = inner.input_tags.allow_nan
         return tags
 
+    def _check_kind(self, estimator: Any) -> None:
+        """Refuse what could not be pruned even if it were fitted."""
+        if not isinstance(estimator, FORESTS):
+            check_forest(estimator)
+
+    def _check_fitted(self, estimator: Any) -> None:
+        """Refuse a model that is not fitted, or was fitted to something else."""
+        check_forest(estimator)
+
     def _floats(self, X: Any) -> NDArray[np.float32]:
         check_is_fitted(self, "estimator_")
         return np.ascontiguousarray(
@@ -127,27 +182,28 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
         sample_weight: ArrayLike | None,
         X_val: Any,
         y_val: ArrayLike | None,
-        *,
-        prefit: bool,
-        wants_validation: bool,
-        fraction: float,
-        seed: Any,
+        weight_val: ArrayLike | None,
     ) -> tuple[Any, Examples | None, Examples | None]:
         """The fitted forest, the examples it was trained on, and the validation examples."""
         if (X_val is None) != (y_val is None):
             raise ForestInputError("X_val and y_val go together", field="X_val")
+        if X_val is None and weight_val is not None:
+            raise ForestInputError(
+                "weights of what? X_val is not given",
+                field="sample_weight_val",
+                fix="give X_val and y_val, or weigh X with sample_weight",
+            )
         frozen = isinstance(self.estimator, FrozenEstimator)
         inner = self.estimator.estimator if frozen else self.estimator
-        if not isinstance(inner, FORESTS):
-            check_forest(inner)
+        self._check_kind(inner)
         given = self._examples(X, y, sample_weight, reset=True)
         validation = None
         if X_val is not None:
-            validation = self._examples(X_val, y_val, None, reset=False)  # type: ignore[arg-type]
+            validation = self._examples(X_val, y_val, weight_val, reset=False)  # type: ignore[arg-type]
         train: Examples | None = given
-        if prefit or frozen:
+        if self.prefit or frozen:
             forest = inner
-            check_forest(forest)
+            self._check_fitted(forest)
             if forest.n_features_in_ != self.n_features_in_:
                 raise ForestInputError(
                     f"the forest expects {forest.n_features_in_} features, X has "
@@ -161,15 +217,17 @@ class BudgetedForest(MetaEstimatorMixin, BaseEstimator):
                     field="X",
                     fix="X[forest.feature_names_in_]",
                 )
-            if validation is None and wants_validation:
+            if validation is None and self._wants_validation():
                 train, validation = None, given
         else:
-            if validation is None and wants_validation:
-                train, validation = hold_out(given, fraction, is_classifier(self), seed)
+            if validation is None and self._wants_validation():
+                train, validation = hold_out(
+                    given, self.validation_fraction, is_classifier(self), self.random_state
+                )
             assert train is not None
             forest = clone(inner)
             forest.fit(train.x, train.y, sample_weight=train.weight)
-            check_forest(forest)
+            self._check_fitted(forest)
         names = getattr(self, "feature_names_in_", [f"x{i}" for i in range(self.n_features_in_)])
         self.costs_ = read_costs(self.feature_costs, self.feature_groups, names)
         return forest, train, validation

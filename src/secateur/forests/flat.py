@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +111,10 @@ class FlatForest:
 
 
 def flatten(forest: Any) -> FlatForest:
-    """The trees of a fitted forest."""
-    return flatten_estimators(forest.estimators_)
+    """The trees of a fitted forest, or of a boosted model (which keeps them in a column)."""
+    return flatten_estimators(np.asarray(forest.estimators_, dtype=object).ravel())
 
 
-def flatten_estimators(estimators: Sequence[Any]) -> FlatForest:
+def flatten_estimators(estimators: Iterable[Any]) -> FlatForest:
     """The trees of fitted decision-tree estimators."""
     return FlatForest(tuple(flatten_tree(estimator.tree_) for estimator in estimators))

@@ -51,6 +51,9 @@ def lightgbm_candidates(split: Split) -> list[tuple[float, Any]]:
     Prices are divided by their mean and by the number of rows, so that a trade-off of 1 charges
     an average feature, asked for by every row, one unit of summed loss for each row.
 
+    LightGBM knows no groups: each feature of one is charged the group's price while growing; the
+    costs reported for the models do count a group once.
+
     Raises:
         MissingExtra: LightGBM is not installed.
     """
@@ -59,7 +62,8 @@ def lightgbm_candidates(split: Split) -> list[tuple[float, Any]]:
     import lightgbm
 
     kind = lightgbm.LGBMClassifier if is_classifier(split.forest) else lightgbm.LGBMRegressor
-    relative = split.prices / max(float(split.prices.mean()), 1e-12)
+    prices = split.costs.price[split.costs.group]
+    relative = prices / max(float(prices.mean()), 1e-12)
     out = []
     for tradeoff in TRADEOFFS:
         penalties: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import is_classifier
 from sklearn.utils.validation import check_is_fitted
 
-from secateur.forests.checks import ForestInputError, check_number
+from secateur.forests.checks import ForestInputError, check_lam_or_budget, check_number
 from secateur.forests.data_roles import Examples, error_examples
 from secateur.forests.estimator import BudgetedForest
 from secateur.forests.flat import flatten
@@ -96,7 +96,8 @@ class BudgetPruner(BudgetedForest):
         cost_scope: ``example`` (pay what an example needs) or ``model`` (pay what the model uses).
         solver: ``auto`` (``maxflow``: OR-tools if installed, else scipy), ``ortools``, ``scipy``,
             ``primal_dual``, ``lp``. A budget needs an exact one.
-        max_iter, step_m, tol: the primal-dual's rounds, step constant and relative gap.
+        max_iter, tol: the primal-dual's most rounds, and the relative gap that ends it earlier.
+        steps, step_m: its step rule, ``averaged`` or ``published``, and the latter's constant.
         prefit: take ``estimator`` as fitted, as is done with a ``sklearn.frozen.FrozenEstimator``
             (which also survives ``clone``). ``fit(X, y)`` is then given the pruning examples, or
             the forest's training set when ``X_val`` is given too or ``error_source`` needs it.
@@ -135,9 +136,10 @@ class BudgetPruner(BudgetedForest):
         node_loss: str = "auto",
         cost_scope: str = "example",
         solver: str = "auto",
-        max_iter: int = 50,
-        step_m: float = 500.0,
+        max_iter: int = 100,
         tol: float = 1e-6,
+        steps: str = "averaged",
+        step_m: float = 500.0,
         prefit: bool = False,
         validation_fraction: float = 0.3,
         drop_stumps: bool = False,
@@ -155,38 +157,21 @@ class BudgetPruner(BudgetedForest):
         self.cost_scope = cost_scope
         self.solver = solver
         self.max_iter = max_iter
-        self.step_m = step_m
         self.tol = tol
+        self.steps = steps
+        self.step_m = step_m
         self.prefit = prefit
         self.validation_fraction = validation_fraction
         self.drop_stumps = drop_stumps
         self.n_jobs = n_jobs
         self.random_state = random_state
 
-    def fit(
-        self,
-        X: Any,
-        y: ArrayLike,
-        sample_weight: ArrayLike | None = None,
-        *,
-        X_val: Any = None,
-        y_val: ArrayLike | None = None,
-        progress: Progress = SILENT,
-    ) -> Self:
-        """Grow the forest (unless ``prefit``) and prune it.
+    def _wants_validation(self) -> bool:
+        return self.error_source == "validation"
 
-        Raises:
-            ForestInputError: a parameter or the data are wrong.
-        """
-        self._check_parameters()
-        forest, train, validation = self._forest_and_roles(
-            X, y, sample_weight, X_val, y_val,
-            prefit=self.prefit,
-            wants_validation=self.error_source == "validation",
-            fraction=self.validation_fraction,
-            seed=self.random_state,
-        )  # fmt: skip
-        self.unpruned_ = forest
+    def _prune(
+        self, forest: Any, train: Examples | None, validation: Examples | None, progress: Progress
+    ) -> None:
         self._flat = flatten(forest)
         self._programme = self._state_programme(forest, train, validation)
         if self.lam is not None:
@@ -194,14 +179,13 @@ class BudgetPruner(BudgetedForest):
         else:
             assert self.budget is not None
             self.select(self.budget, progress=progress)
-        return self
 
     def set_lambda(self, lam: float, *, progress: Progress = SILENT) -> Self:
         """Prune for another lambda; nothing is routed or grown again."""
         programme = self._stated()
         check_number("lam", lam)
-        options = PrimalDualOptions(self.max_iter, self.step_m, self.tol)
-        cut = solve(programme.reduced, programme.price(lam), self.solver, options, progress)
+        price, options = programme.price(lam), self._primal_dual_options()
+        cut = solve(programme.reduced, price, self.solver, options, progress)
         self._adopt(lam, programme.lift(cut.kept))
         self.dual_bound_ = programme.base_error - programme.unit * cut.bound
         self.gap_ = max(0.0, self.objective_ - self.dual_bound_)
@@ -248,6 +232,7 @@ class BudgetPruner(BudgetedForest):
         *,
         points: int | None = None,
         lams: ArrayLike | None = None,
+        solver: str | None = None,
         progress: Progress = SILENT,
     ) -> PrunePath:
         """Optimal prunings over lambda; the estimator itself stays as it is.
@@ -255,8 +240,9 @@ class BudgetPruner(BudgetedForest):
         Args:
             points: only this many, those that matter most for the curve; None for all.
             lams: the optima at these values instead.
+            solver: an exact one; None for the estimator's own.
         """
-        programme, solver = self._stated(), self._exact_solver("prune_path")
+        programme, solver = self._stated(), self._exact_solver("prune_path", solver)
         if lams is not None:
             for lam in np.atleast_1d(np.asarray(lams, dtype=np.float64)):
                 check_number("lams", float(lam))
@@ -345,30 +331,22 @@ class BudgetPruner(BudgetedForest):
             )
         return programme
 
-    def _exact_solver(self, purpose: str) -> str:
-        solver = resolve_solver(self.solver)
+    def _primal_dual_options(self) -> PrimalDualOptions:
+        return PrimalDualOptions(self.max_iter, self.tol, self.steps, self.step_m, self.n_jobs)
+
+    def _exact_solver(self, purpose: str, asked: str | None = None) -> str:
+        solver = resolve_solver(asked or self.solver)
         if solver == "primal_dual":
             raise ForestInputError(
                 f"{purpose} needs exact optima, which are nested; the primal-dual's are not",
                 field="solver",
-                value=self.solver,
+                value=solver,
                 fix="solver='auto'",
             )
         return solver
 
     def _check_parameters(self) -> None:
-        if (self.lam is None) == (self.budget is None):
-            both = self.lam is not None
-            raise ForestInputError(
-                f"exactly one of lam and budget is needed, {'both' if both else 'none'} given",
-                field="lam",
-                value=self.lam,
-                fix="lam= for a fixed trade-off, budget= for a mean cost per example",
-            )
-        if self.budget is None:
-            check_number("lam", self.lam)
-        else:
-            check_number("budget", self.budget)
+        check_lam_or_budget(self.lam, self.budget)
         if self.fill not in ("hull", "greedy"):
             raise ForestInputError("unknown", field="fill", value=self.fill, fix="hull or greedy")
         if self.cost_scope not in ("example", "model"):
@@ -376,6 +354,7 @@ class BudgetPruner(BudgetedForest):
                 "unknown", field="cost_scope", value=self.cost_scope, fix="'example' or 'model'"
             )
         resolve_solver(self.solver)
+        self._primal_dual_options()
         if self.budget is not None:
             self._exact_solver("budget")
 

@@ -9,9 +9,47 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from secateur.errors import NumericsError
 from secateur.forests.closure import ClosureProblem, best_closure, charges_of_nodes
 
 MAX_ROUNDS = 8
+BITS = 46
+"""Gains and charges are rounded to ``2**-BITS`` of the total gain: below what float64 sums of
+them resolve, and far from 2^53, up to which float64 holds whole numbers exactly."""
+
+
+def in_whole_units(problem: ClosureProblem, price: float) -> tuple[ClosureProblem, float]:
+    """The problem at ``price`` in whole numbers: what is left to solve has price 1 and no toll.
+
+    The unit is a power of two that depends on the gains alone, so whole error counts stay whole
+    and every rounded value is monotone in the price. Losses and charges beyond the total gain
+    can never be worth it and are cut off there, so nothing overflows.
+
+    Returns:
+        The problem with whole numbers in float64 arrays, and what one of them stands for.
+
+    Raises:
+        NumericsError: the price, a gain or a charge is not finite.
+    """
+    if not np.isfinite(price):
+        raise NumericsError(f"the price must be finite, not {price}", fix="give a finite lambda")
+    if not all(np.isfinite(x).all() for x in (problem.gain, problem.toll, problem.charge)):
+        raise NumericsError(
+            "gains and costs must be finite", fix="look for NaN in targets or costs"
+        )
+    total = float(np.maximum(problem.gain, 0).sum())
+    with np.errstate(over="ignore"):
+        net, charge = problem.net(price), price * problem.charge
+    exponent = BITS - int(np.ceil(np.log2(total))) if total > 0 else BITS
+    most = 2.0 ** (BITS + 1)
+
+    def whole(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.rint(np.ldexp(np.clip(x, -2 * total, 2 * total + 1), exponent).clip(-most, most))
+
+    whole_problem = replace(
+        problem, gain=whole(net), toll=np.zeros(problem.n_nodes), charge=whole(charge)
+    )
+    return whole_problem, float(np.ldexp(1.0, -exponent))
 
 
 def reduce_problem(problem: ClosureProblem) -> tuple[ClosureProblem, NDArray[np.intp]]:

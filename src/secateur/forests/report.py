@@ -53,6 +53,7 @@ def write_forest_report(record: dict[str, Any], folder: Path) -> Path:
         "subtitle": f"{data}: {record['rows']['all']} rows, {record['features']} features",
         "pareto": _pareto(record),
         "usage": _usage(record),
+        "nodes": _nodes(record),
         "recipe": yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
         "style": Markup(read_template("style.css")),
         "script": Markup(script),
@@ -99,6 +100,33 @@ def _pareto(record: dict[str, Any]) -> Markup | None:
             width=width,
             x_text=lambda x: f"{x:.3g}",
             y_text=lambda y: f"{y:.3f}",
+        )
+
+    return responsive(draw)
+
+
+def _nodes(record: dict[str, Any]) -> Markup | None:
+    """How large the optimal prunings are, against what they cost, and the forest before."""
+    if record["forest"] == "compare":
+        return None
+    trees = record["recipe"]["trees"]
+    points = sorted((p["test_cost"], 2 * p["internal"] + trees) for p in record["path"])
+    marks = [
+        (record[state]["cost"], record[state]["nodes"], label)
+        for state, label in (("before", "unpruned"), ("after", "chosen"))
+        if state in record
+    ]
+    series = [Series("optimal prunings", points, marks)]
+
+    def draw(width: float) -> Markup:
+        return line_chart(
+            series,
+            title="Nodes against cost",
+            x_label="mean feature cost of a test example",
+            y_label="nodes of all trees",
+            width=width,
+            x_text=lambda x: f"{x:.3g}",
+            y_text=lambda y: f"{y:,.0f}",
         )
 
     return responsive(draw)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from numpy.typing import NDArray
 
 from secateur.forests.checks import ForestInputError
+from secateur.forests.recipe import read_yaml
 
 READERS = {".csv": "csv", ".parquet": "parquet", ".svm": "svmlight", ".svmlight": "svmlight"}
 MOST_CLASSES = 50
@@ -54,16 +54,16 @@ def read_table(path: Path, target: str | None, task: str = "auto") -> Table:
             value=str(path),
             fix=f"one of {', '.join(READERS)}",
         )
-    if kind == "svmlight":
-        from sklearn.datasets import load_svmlight_file
-
-        matrix, y = load_svmlight_file(str(path))
-        x = pd.DataFrame(
-            matrix.toarray().astype(np.float32),
-            columns=[f"x{i + 1}" for i in range(matrix.shape[1])],
-        )
-        return Table(x, y, _classify(pd.Series(y), task))
-    frame = pd.read_csv(path) if kind == "csv" else pd.read_parquet(path)
+    try:
+        frame, labels = _read(path, kind)
+    except (ValueError, pd.errors.ParserError, OSError) as error:
+        raise ForestInputError(
+            f"cannot be read as {kind}: {str(error).strip()}", field="data", value=str(path)
+        ) from error
+    if len(frame) == 0:
+        raise ForestInputError("has no rows", field="data", value=str(path))
+    if labels is not None:
+        return Table(_numbers(frame), labels.to_numpy(), _classify(labels, task))
     if target is None or target not in frame.columns:
         raise ForestInputError(
             "no such column",
@@ -78,6 +78,26 @@ def read_table(path: Path, target: str | None, task: str = "auto") -> Table:
             field="target",
             value=target,
         )
+    return Table(_numbers(frame), labels.to_numpy(), _classify(labels, task))
+
+
+def _read(path: Path, kind: str) -> tuple[pd.DataFrame, pd.Series | None]:
+    """The table, and the targets where the format keeps them apart."""
+    if kind == "csv":
+        return pd.read_csv(path), None
+    if kind == "parquet":
+        return pd.read_parquet(path), None
+    from sklearn.datasets import load_svmlight_file
+
+    matrix, y = load_svmlight_file(str(path))
+    names = [f"x{i + 1}" for i in range(matrix.shape[1])]
+    return pd.DataFrame(matrix.toarray(), columns=names), pd.Series(y)
+
+
+def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    """The features in float32; columns of words, and infinities, are named."""
+    if frame.shape[1] == 0:
+        raise ForestInputError("there is no feature besides the target", field="data")
     for name, column in frame.items():
         if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
             raise ForestInputError(
@@ -86,7 +106,17 @@ def read_table(path: Path, target: str | None, task: str = "auto") -> Table:
                 value=str(name),
                 fix="encode it (pandas.get_dummies, OrdinalEncoder) or drop it",
             )
-    return Table(frame.astype(np.float32), labels.to_numpy(), _classify(labels, task))
+    with np.errstate(over="ignore"):
+        small = frame.astype(np.float32)
+    if (wrong := np.isinf(small.to_numpy())).any():
+        row, column_number = np.argwhere(wrong)[0].tolist()
+        raise ForestInputError(
+            f"row {row + 1} is infinite, or too large for float32",
+            field="data",
+            value=str(frame.columns[column_number]),
+            fix="leave the value out (missing values are understood), or scale the column",
+        )
+    return small
 
 
 def _classify(labels: pd.Series, task: str) -> bool:
@@ -94,12 +124,25 @@ def _classify(labels: pd.Series, task: str) -> bool:
         raise ForestInputError(
             "unknown", field="task", value=task, fix="auto, classification or regression"
         )
-    if task != "auto":
-        return task == "classification"
-    if not pd.api.types.is_numeric_dtype(labels):
+    if labels.nunique() < 2:
+        raise ForestInputError(
+            "every row has the same target; there is nothing to learn",
+            field="target",
+            value=labels.iloc[0],
+        )
+    numeric = pd.api.types.is_numeric_dtype(labels)
+    if task == "regression" and not numeric:
+        raise ForestInputError(
+            f"the targets are words ({labels.iloc[0]!r}); regression needs numbers",
+            field="task",
+            value=task,
+        )
+    if task == "classification" or not numeric:
         return True
+    if np.isinf(labels.to_numpy(dtype=np.float64)).any():
+        raise ForestInputError("targets must be finite", field="target", value=labels.name)
     whole = bool((labels == labels.round()).all())
-    return whole and labels.nunique() <= MOST_CLASSES
+    return task == "auto" and whole and labels.nunique() <= MOST_CLASSES
 
 
 def read_costs(path: Path | None, names: list[str]) -> tuple[dict[str, float] | None, list | None]:
@@ -120,16 +163,26 @@ def read_costs(path: Path | None, names: list[str]) -> tuple[dict[str, float] | 
     if not path.exists():
         raise ForestInputError("no such file", field="costs", value=str(path))
     if path.suffix.lower() == ".csv":
-        frame = pd.read_csv(path, dtype={"feature": str})
+        try:
+            frame = pd.read_csv(path, dtype={"feature": str})
+        except (ValueError, pd.errors.ParserError, OSError) as error:
+            raise ForestInputError(
+                f"cannot be read as csv: {str(error).strip()}", field="costs", value=str(path)
+            ) from error
         if not {"feature", "cost"} <= set(frame.columns):
             raise ForestInputError(
                 "needs the columns feature and cost", field="costs", value=str(path)
+            )
+        twice = frame["feature"][frame["feature"].duplicated()]
+        if len(twice):
+            raise ForestInputError(
+                f"{path.name} prices it twice", field="feature", value=str(twice.iloc[0])
             )
         entries: dict[str, Any] = {
             str(row["feature"]): row for row in frame.to_dict(orient="records")
         }
     elif path.suffix.lower() in (".yaml", ".yml"):
-        entries = yaml.safe_load(path.read_text()) or {}
+        entries = read_yaml(path, "costs") or {}
         if not isinstance(entries, dict):
             raise ForestInputError("must map features to prices", field="costs", value=str(path))
         entries = {str(name): entry for name, entry in entries.items()}
@@ -140,6 +193,13 @@ def read_costs(path: Path | None, names: list[str]) -> tuple[dict[str, float] | 
             raise ForestInputError(
                 f"{path.name} has no price for it", field="feature", value=name, fix="0 if free"
             )
+    if unknown := [name for name in entries if name not in names]:
+        raise ForestInputError(
+            f"{path.name} prices it, but the data have no such column",
+            field="feature",
+            value=unknown[0],
+            fix=f"known columns: {', '.join(names[:8])}" + (", ..." if len(names) > 8 else ""),
+        )
     prices = {name: _price(name, entries[name]) for name in entries}
     group = {name: entry.get("group") for name, entry in entries.items() if isinstance(entry, dict)}
     if not any(isinstance(label, str | int) for label in group.values()):
@@ -155,8 +215,13 @@ def read_costs(path: Path | None, names: list[str]) -> tuple[dict[str, float] | 
 def _price(name: str, entry: Any) -> float:
     value: Any = entry.get("cost") if isinstance(entry, dict) else entry
     try:
-        return float(value)
+        price = float(value)
     except (TypeError, ValueError):
         raise ForestInputError(
             f"the price of '{name}' is no number", field="costs", value=value
         ) from None
+    if not (np.isfinite(price) and price >= 0):
+        raise ForestInputError(
+            f"the price of '{name}' must be a finite number, 0 or more", field="costs", value=value
+        )
+    return price

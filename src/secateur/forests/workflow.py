@@ -18,7 +18,7 @@ from sklearn.ensemble import (
 from sklearn.model_selection import train_test_split
 
 import secateur
-from secateur.errors import SecateurError, UsageError
+from secateur.errors import UsageError
 from secateur.files import write_json
 from secateur.forests.compare import METHODS, Comparison, compare
 from secateur.forests.flat import flatten
@@ -47,9 +47,14 @@ def run_prune(recipe: ForestRecipe, out: Path, progress: Progress = SILENT) -> d
     """
     if (recipe.budget is None) == (recipe.lam is None):
         raise UsageError("give one of --budget and --lam", field="budget", value=recipe.budget)
+    if recipe.budget is not None:
+        _check_exact(recipe)
+    check_folder(out)
     table, parts, pruner, seconds = _grow_and_prune(recipe, progress)
     start = time.perf_counter()
-    path = pruner.prune_path(points=recipe.points, progress=progress)
+    # The page's curve; the primal-dual's prunings, near optima, are not nested and draw none.
+    exact = "auto" if recipe.solver == "primal_dual" else None
+    path = pruner.prune_path(points=recipe.points, solver=exact, progress=progress)
     seconds["path"] = time.perf_counter() - start
     record = _record("prune", recipe, table, parts, seconds)
     record |= {
@@ -64,6 +69,8 @@ def run_prune(recipe: ForestRecipe, out: Path, progress: Progress = SILENT) -> d
 
 def run_path(recipe: ForestRecipe, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
     """The optimal prunings over lambda, each measured on test rows; ``points=None`` for all."""
+    _check_exact(recipe)
+    check_folder(out)
     recipe = recipe.model_copy(update={"lam": 0.0, "budget": None})
     table, parts, pruner, seconds = _grow_and_prune(recipe, progress)
     start = time.perf_counter()
@@ -88,10 +95,9 @@ def run_compare(
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """All methods on the same splits and forests; see ``compare``."""
+    check_folder(out)
     table = read_table(recipe.data, recipe.target, recipe.task)
     costs, groups = read_costs(recipe.costs, table.names)
-    if groups is not None:
-        raise SecateurError("compare prices single features; leave groups out of the costs file")
     prices = np.ones(len(table.names))
     if costs is not None:
         prices = np.array([costs[name] for name in table.names])
@@ -101,6 +107,7 @@ def run_compare(
         table.y,
         _forest(recipe, table.classify),
         lambda seed: prices,
+        groups=groups,
         methods=methods or list(DEFAULT_METHODS),
         seeds=range(seeds),
         progress=progress,
@@ -109,6 +116,22 @@ def run_compare(
     record = _record("compare", recipe, table, None, seconds)
     record |= _comparison(result, seeds)
     return _written(record, out)
+
+
+def _check_exact(recipe: ForestRecipe) -> None:
+    if recipe.solver == "primal_dual":
+        raise UsageError(
+            "a budget and a path need exact optima, which are nested; the primal-dual's are not",
+            field="solver",
+            value=recipe.solver,
+            fix="--solver auto, or --lam with the primal-dual",
+        )
+
+
+def check_folder(out: Path) -> None:
+    """Refuse an output folder that cannot be one, before any work is done."""
+    if out.exists() and not out.is_dir():
+        raise UsageError("a file of that name is in the way", field="out", value=str(out))
 
 
 def _comparison(result: Comparison, seeds: int) -> dict[str, Any]:

@@ -13,6 +13,10 @@ methods: Registry[type[Described]] = Registry(
         "ria": "secateur.methods.ria:RIA",
         "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
         "random": "secateur.methods.magnitude:Random",
+        "llm-pruner": "secateur.methods.llm_pruner:LLMPruner",
+        "heads": "secateur.methods.heads:Heads",
+        "unit-magnitude": "secateur.methods.unit_baselines:UnitMagnitude",
+        "unit-random": "secateur.methods.unit_baselines:UnitRandom",
     },
     group="secateur.methods",
 )

@@ -178,6 +178,8 @@ class Heads(StructuredMethod):
     summary = "attention heads by the gradient of their gates; no update"
     paper = "Michel et al. 2019, arXiv:1905.10650"
     kinds = frozenset({"head", "kv_group"})
+    usual_kinds = ("head",)
+    usual_ranking = "global"
 
     ranking: Ranking = "gradient"
     mode: Mode = "sample"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secateur.data.windows import Windows
 from secateur.evidence.statistics import InputMoments
-from secateur.methods.base import Described
+from secateur.methods.base import Described, Need
 from secateur.models.units import Group
 from secateur.progress import SILENT, Progress
 
@@ -123,7 +123,15 @@ class StructuredMethod(Described):
     driver: ClassVar[Literal["score", "blocks"]] = "score"
     kinds: ClassVar[frozenset[str]] = frozenset({"head", "kv_group", "ffn", "stem", "layer"})
     """Kinds of units it can rank."""
+    usual_kinds: ClassVar[tuple[str, ...]] = ("head", "ffn")
+    """What it cuts where the recipe names no kinds."""
+    usual_ranking: ClassVar[Literal["local", "global"]] = "local"
+    """How its units compete where the recipe does not say (local if widths are to be alike)."""
     needs_data: ClassVar[bool] = True
+
+    def requirements(self) -> frozenset[Need]:
+        """Calibration data, if the method looks at any."""
+        return frozenset({Need.INPUTS}) if self.needs_data else frozenset()
 
     @property
     def rounds(self) -> int:

@@ -259,6 +259,19 @@ def _model(
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from secateur.models.structured_saving import (
+        load_structured,
+        read_manifest,
+        restore_structure,
+    )
+
+    manifest = read_manifest(source.folder)
+    if manifest is not None:
+        notes.append("was pruned before: units keep the numbers they had in the original model")
+    if manifest is not None and not manifest["stock"]:
+        return load_structured(
+            source.folder, manifest, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -284,6 +297,8 @@ def _model(
     unused = sorted(info.get("unexpected_keys") or [])
     if unused:
         notes.append(f"{len(unused)} tensors of the checkpoint are not used, first '{unused[0]}'")
+    if manifest is not None:
+        restore_structure(model, manifest, source.folder)
     return model
 
 

@@ -83,7 +83,11 @@ def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Te
 
 
 def save_config_and_tokenizer(
-    model: nn.Module, tokenizer: Any, folder: Path | str, dtype: torch.dtype | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path | str,
+    dtype: torch.dtype | None = None,
+    architecture: str | None = None,
 ) -> None:
     """``config.json``, ``generation_config.json`` and the tokenizer's files (if there is one).
 
@@ -93,7 +97,7 @@ def save_config_and_tokenizer(
     folder = Path(folder)
     source: Any = model
     config = deepcopy(source.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [architecture or type(model).__name__]
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if dtype is not None:
         config.dtype = str(dtype).removeprefix("torch.")

@@ -107,8 +107,7 @@ def shrink(
         UsageError: a group would be emptied; uneven query heads without ``duplicated``.
         SecateurError: optimizer state of a shape that says not how to cut it.
     """
-    if _ORIGINAL not in model.__dict__:
-        model.__dict__[_ORIGINAL] = deepcopy(getattr(model, "config", None))
+    keep_original_config(model)
     before = structure_of(model) or StructuredMask()
     groups = all_groups(model, mask.gone)
     layout = layout_of(model)
@@ -148,6 +147,12 @@ def shrink(
             _drop_layers(model, key, gone_now(group, mask))
     remember(model, after)
     return after
+
+
+def keep_original_config(model: nn.Module) -> None:
+    """Remember the config as it is, if the model was never cut."""
+    if _ORIGINAL not in model.__dict__:
+        model.__dict__[_ORIGINAL] = deepcopy(getattr(model, "config", None))
 
 
 def original_config(model: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,19 @@ def problem_of(session: Session, among: Sequence[Allocator], root: Path | None =
     """
     readings = [r for allocator in among for r in allocator.readings()]
     view = session.view
-    return Problem(
+    problem = Problem(
         target=session.recipe.target,
         shapes=session.shapes,
         blocks=tuple(tuple(m.name for m in b.matrices) for b in view.blocks if b.matrices),
         roles={m.name: m.role for m in view.matrices()},
-        readings=gather_readings(session, readings, root) if readings else {},
         weights=lambda: _weights(session),
         scores=lambda: _dense_scores(session, root),
         trial=Trial(session, lambda: _dense_scores(session, root)),
         progress=session.progress,
     )
+    for allocator in among:
+        allocator.refuse_bounds(problem)
+    return replace(problem, readings=gather_readings(session, readings, root) if readings else {})
 
 
 def _weights(session: Session) -> Iterator[tuple[str, Tensor]]:

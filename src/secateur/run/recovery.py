@@ -18,6 +18,7 @@ from secateur.models.head import is_tied, untie_head
 from secateur.models.loading import Loaded, load
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Recovery
+from secateur.training.adapter_options import AdapterOptions
 from secateur.training.distil import distillation_loss
 from secateur.training.loop import Batch, Loss, next_token_loss
 from secateur.training.low_rank import KINDS
@@ -75,6 +76,8 @@ class Recoverer:
         recoveries[method]  # an unknown one is refused, with the nearest
         train = _train(spec, view)
         subsets, kind = parts(train)
+        if kind is not None:
+            AdapterOptions.of(kind, _adapter(spec))
         refuse_empty(view, [s for s in subsets if not (s == "biases" and spec.add_biases)])
         length = loaded.window(spec.length, "recovery.length")
         data = training_windows(
@@ -111,7 +114,7 @@ class Recoverer:
         loss: Loss = next_token_loss
         if spec.distil > 0 and teacher is not None:
             loss = distillation_loss(teacher, spec.distil, spec.temperature)
-        adapter = {"rank": spec.rank, "alpha": spec.alpha, "init": spec.init, "seed": spec.seed}
+        adapter = _adapter(spec)
         own = {"distil": spec.distil, "temperature": spec.temperature if spec.distil else None}
         task = Task(
             self.view,
@@ -120,7 +123,7 @@ class Recoverer:
             self.settings,
             self.train,
             adapter=adapter if parts(self.train)[1] else {},
-            reconstruction={k: getattr(spec, k) for k in ("samples", "unit", "targets")},
+            reconstruction={key: getattr(spec, key) for key in ("samples", "unit", "stream")},
             loss=loss,
             validate=self._validate if self.held is not None else None,
             teacher=None if teacher is None else lambda: teacher,
@@ -211,6 +214,12 @@ def _train(spec: Recovery, view: ModelView) -> tuple[str, ...]:
     if spec.method in KINDS and spec.method not in named:
         named = (*named, spec.method)
     return named
+
+
+def _adapter(spec: Recovery) -> dict[str, Any]:
+    """The adapter's options."""
+    keys = ("rank", "alpha", "init", "seed", "dropout", "every", "targets")
+    return {key: getattr(spec, key) for key in keys}
 
 
 def _settings(spec: Recovery, train: tuple[str, ...], kind: str | None) -> TrainSettings:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from secateur.allocation.plan import Plan
 from secateur.errors import UsageError
 from secateur.evidence.store import EvidenceStore
 from secateur.masks.store import JoinedMasks
-from secateur.methods import Need
+from secateur.methods import Need, methods
+from secateur.methods.structured_base import StructuredMethod
 from secateur.models.loading import Loaded
 from secateur.models.shards import INDEX
 from secateur.models.state import evaluating
@@ -88,6 +89,21 @@ def execute(
         SecateurError: whatever went wrong, naming field, value and fix. What was finished in
             ``out`` stays there and is taken up by the next run.
     """
+    if issubclass(methods[recipe.method], StructuredMethod):
+        from secateur.run.structured import execute_structured
+
+        return cast(
+            Result,
+            execute_structured(
+                recipe,
+                out=out,
+                loaded=loaded,
+                calibration=calibration,
+                fresh=fresh,
+                progress=progress,
+                command=command,
+            ),
+        )
     if out is not None:
         writable(out)
     elif recipe.stream:

@@ -14,12 +14,11 @@ Source: see ``low_rank``, where the formulas are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,12 +26,11 @@ from secateur.errors import UsageError
 from secateur.models.anatomy import Matrix, ModelView
 from secateur.models.discovery import is_conv1d, is_linear
 from secateur.models.head import output_head
+from secateur.training.adapter_options import AdapterOptions
+from secateur.training.loop import Hook, Training
 from secateur.training.low_rank import (
-    KINDS,
     MASKED,
     Drop,
-    Init,
-    Kind,
     added_linear,
     masked_linear,
     merged,
@@ -41,82 +39,6 @@ from secateur.training.low_rank import (
 from secateur.training.masked import check_masks
 
 __all__ = ["Adapted", "AdapterOptions", "Adapters"]
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """What is put on, and where.
-
-    Attributes:
-        kind: ``mask-lora``, ``scale-lora`` and ``spp`` keep the zeros while they train; ``lora-prune``
-            trains a dense update and keeps the zeros when it is merged; ``lora`` is for
-            matrices without a mask (after structured cuts).
-        rank: of the update.
-        alpha: the update is multiplied by alpha / rank (``scale-lora`` has no such factor).
-        dropout: on the layer's input (``lora``, ``lora-prune``) or on the entries of BA.
-        init: how ``scale-lora`` starts; ``ones`` stays of rank one for ever.
-        targets: roles (q, k, v, o, gate, up, down, fc1, fc2 ...) or patterns on names; none
-            means every matrix.
-        head: a plain LoRA on the output head as well (it is not pruned).
-        seed: of the initial A, and of dropout.
-    """
-
-    kind: Kind = "mask-lora"
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    init: Init = "broken"
-    targets: tuple[str, ...] = ()
-    head: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        def refuse(name: str, what: str, fix: str) -> None:
-            raise UsageError(what, field=name, value=getattr(self, name), fix=fix)
-
-        if self.kind not in KINDS:
-            refuse("kind", "no such adapter", f"one of {', '.join(KINDS)}")
-        if self.rank < 1:
-            refuse("rank", "an adapter has a rank of 1 or more", "16 is usual")
-        if not 0 < self.alpha < float("inf"):
-            refuse("alpha", "with this factor nothing can be learnt", "2 x rank is usual")
-        if not 0 <= self.dropout < 1:
-            refuse("dropout", "is a share in [0, 1)", "0 unless you train for many epochs")
-        if self.init not in ("broken", "ones"):
-            refuse("init", "no such start", "one of broken, ones")
-
-    @classmethod
-    def of(cls, kind: str, options: Mapping[str, Any]) -> AdapterOptions:
-        """From a recipe's words.
-
-        Raises:
-            UsageError: an unknown option, one of the wrong type or out of range.
-        """
-        known = [f.name for f in fields(cls) if f.name != "kind"]
-        for name in options:
-            if name not in known:
-                raise UsageError(
-                    "an adapter has no such option",
-                    field=name,
-                    value=options[name],
-                    fix=f"options: {', '.join(known)}",
-                )
-        try:
-            return TypeAdapter(cls).validate_python({"kind": kind, **options})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "adapter"
-            raise UsageError(
-                f"of an adapter: {first['msg']}",
-                field=name,
-                value=options.get(name, kind),
-                fix=f"options: {', '.join(known)}; kinds: {', '.join(KINDS)}",
-            ) from None
-
-    @property
-    def scale(self) -> float:
-        """What BA is multiplied by."""
-        return 1.0 if self.kind == "scale-lora" else self.alpha / self.rank
 
 
 class Adapted(nn.Module):
@@ -144,6 +66,8 @@ class Adapted(nn.Module):
         self.base_layer = base_layer
         self.kind, self.scale, self.rate = options.kind, options.scale, options.dropout
         self.transposed = transposed
+        self.masked = True
+        """Whether the mask takes part in this step (see ``AdapterOptions.every``)."""
         weight: Any = base_layer.weight
         self._wanted = bool(weight.requires_grad)
         weight.requires_grad_(False)
@@ -165,19 +89,18 @@ class Adapted(nn.Module):
         """The layer's output with the effective weight."""
         kind = torch.get_autocast_dtype(x.device.type) if _autocast(x) else None
         x = x if kind is None else x.to(kind)
-        if self.kind in MASKED:
+        learning = torch.is_grad_enabled()
+        if self.kind in MASKED and (self.masked or not learning):
             bias = getattr(self.base_layer, "bias", None)
-            how = (self.scale, self.kind, self._drop())
+            how = (self.scale, self.kind, self._drop() if learning else None)
             return masked_linear(x, self._weight(), self.keep, self.lora_a, self.lora_b, bias, *how)
         base = self.base_layer(x)
-        x = F.dropout(x, self.rate, self.training)
+        x = F.dropout(x, self.rate, learning)
         return added_linear(x, base, self.lora_a, self.lora_b, self.scale)
 
     def _drop(self) -> Drop | None:
-        if not self.rate or not self.training:
-            return None
-        # From the global generator, whose state a training loop keeps and replays.
-        return Drop(self.rate, int(torch.randint(2**62, ())))
+        # From the global generator, which a training seeds for each step.
+        return Drop(self.rate, int(torch.randint(2**62, ()))) if self.rate else None
 
     def merged(self) -> Tensor:
         """The weight with the adapter in it, float32 (d_out, d_in)."""
@@ -288,8 +211,12 @@ class Adapters:
         """A plain LoRA of the same rank on the head, which is not pruned."""
         name, module = output_head(self.model)
         head = Matrix(name, module, transposed=is_conv1d(module))
-        plain = replace(self.options, kind="lora", seed=self.options.seed + 1)
+        plain = replace(self.options, kind="lora", every=1, seed=self.options.seed + 1)
         self.modules |= self.attach_to(self.model, [head], {}, plain).modules
+
+    def hooks(self) -> list[Hook]:
+        """What a training has to call while these adapters are on."""
+        return [] if self.options.every == 1 else [_Alternating(self)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """A and B of every adapter, as ``matrix.lora_a`` and ``matrix.lora_b``."""
@@ -369,6 +296,19 @@ class Adapters:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.detach()
+
+
+class _Alternating(Hook):
+    """Lets the masks take part in every n-th step."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters = adapters
+
+    def before_forward(self, at: Training) -> None:
+        """See ``Hook``."""
+        masked = at.step % self.adapters.options.every == 0
+        for module in self.adapters.modules.values():
+            module.masked = masked
 
 
 def _chosen(view: ModelView, targets: tuple[str, ...], skipped: dict[str, str]) -> list[Matrix]:

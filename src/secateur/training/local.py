@@ -97,6 +97,8 @@ def fit_local(
         total = 0.0
         with torch.enable_grad():
             for batch in chosen:
+                for hook in hooks:
+                    hook.before_forward(at)
                 loss = local.gap(batch, local.forward(batch)) / max(1.0, tokens)
                 loss.backward()
                 total += float(loss.detach())

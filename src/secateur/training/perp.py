@@ -87,7 +87,7 @@ def perp(
         masks: matrix name -> (d_out, d_in) bool, True where the weight is gone; empty for a
             model without masks (after structured cuts).
         train: subsets and at most one kind of adapter.
-        adapter: ``rank``, ``alpha``, ``init``, ``dropout``, ``targets``, ``seed``.
+        adapter: ``rank``, ``alpha``, ``init``, ``dropout``, ``targets``, ``every``, ``seed``.
         checkpointing: compute activations again in backward instead of keeping them.
         folder: for the checkpoint; the same call goes on from there.
 
@@ -100,6 +100,13 @@ def perp(
     """
     subsets, kind = parts(train)
     before = check_masks(view, masks)
+    if kind == "lora" and before:
+        raise UsageError(
+            "would fill the zeros when it is merged",
+            field="train",
+            value="lora",
+            fix="mask-lora, scale-lora or lora-prune",
+        )
     view.model.requires_grad_(False)
     chosen = choose(view, subsets)
     adapters = None
@@ -107,7 +114,8 @@ def perp(
         if kind is not None:
             adapters = Adapters.attach(view, masks, AdapterOptions.of(kind, adapter or {}))
         fitted = _fit(
-            view, masks, data, settings, chosen, loss, hooks, validate, checkpointing, folder,
+            view, masks, data, settings, chosen, loss,
+            [*(adapters.hooks() if adapters is not None else []), *hooks], validate, checkpointing, folder,
             {"train": list(train), "adapter": dict(adapter or {}), **(identity or {})}, progress,
         )  # fmt: skip
         started = time.perf_counter()

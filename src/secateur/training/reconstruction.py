@@ -73,8 +73,8 @@ class Reconstruction:
         train: subsets and at most one kind of adapter (``perp.parts``); a head has no block.
         adapter: options of that adapter.
         unit: train a whole ``block`` at a time, or each group of matrices with a common input.
-        targets: wanted outputs are the dense block's on the ``pruned`` stream, or those of the
-            ``dense`` model's own stream.
+        stream: wanted outputs are the dense block's on what the ``pruned`` model feeds it, or on
+            what the ``dense`` model does.
         resident: makes a block of ``view`` present.
         written: called with each repaired block while it is present, also on resuming.
         folder: where finished blocks are kept; the same call goes on from there.
@@ -88,7 +88,7 @@ class Reconstruction:
     train: Sequence[str]
     adapter: Mapping[str, Any] = field(default_factory=dict)
     unit: Literal["block", "matrix"] = "block"
-    targets: Literal["pruned", "dense"] = "pruned"
+    stream: Literal["pruned", "dense"] = "pruned"
     resident: Residency | None = None
     written: Any = None
     folder: Path | None = None
@@ -116,7 +116,7 @@ class Reconstruction:
             )
         for name, value, known in (
             ("unit", self.unit, UNITS),
-            ("targets", self.targets, STREAMS),
+            ("stream", self.stream, STREAMS),
         ):
             if value not in known:
                 raise UsageError("unknown", field=name, value=value, fix=f"one of {known}")
@@ -127,12 +127,12 @@ class Reconstruction:
                 value=list(self.train),
                 fix="an adapter, biases or all; or unit: block",
             )
-        if self.unit == "matrix" and self.targets == "dense":
+        if self.unit == "matrix" and self.stream == "dense":
             raise UsageError(
                 "a single matrix is fitted to the dense matrix on the inputs it now sees",
-                field="targets",
+                field="stream",
                 value="dense",
-                fix="unit: block, or targets: pruned",
+                fix="unit: block, or stream: pruned",
             )
         self._same_blocks()
 
@@ -160,12 +160,20 @@ class Reconstruction:
         started = time.perf_counter()
         world = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
+        if len(data) < world:
+            raise UsageError(
+                f"{world} processes have nothing to share",
+                field="recovery.samples",
+                value=len(data),
+                fix="more text, or fewer processes",
+            )
         per_process = max(1, self.settings.batch // world)
         micro = min(self.settings.micro_batch or per_process, per_process)
         self._per_step = max(1, per_process // micro)
         done = FinishedBlocks(self.folder, self._identity(data, world), leads=rank == 0)
         records: list[dict[str, Any]] = []
-        with evaluating(self.view.model), evaluating(self.dense.view.model):
+        kept_random = torch.random.fork_rng(devices=[])
+        with evaluating(self.view.model), evaluating(self.dense.view.model), kept_random:
             rows = slice(rank, None, world)
             self.replay = Replay(
                 self.view,
@@ -194,7 +202,7 @@ class Reconstruction:
         """One block: wanted outputs, training unless it is done, inputs of the next."""
         replay = self.replay
         record = done.record(block)
-        follow = self.targets == "dense"
+        follow = self.stream == "dense"
         wanted: list[Tensor] = []
         if record is None or follow:
             given = stream if follow else replay.hidden
@@ -205,6 +213,10 @@ class Reconstruction:
         with replay.resident(block):
             if record is None:
                 record, outputs = self._repair(block, dense, wanted)
+                if block is self.view.blocks[0]:
+                    size = sum(p.numel() for p in block.module.parameters())
+                    share = record["trained"] / max(1, size)
+                    self.progress.note(f"training {share:.3%} of each block's parameters")
                 done.save(block, record)
             else:
                 done.restore(block)
@@ -267,7 +279,7 @@ class Reconstruction:
             named = {n: p for n, p in block.module.named_parameters() if p.requires_grad}
             trained = sum(p.numel() for p in named.values())
             with in_float32(named.values()):
-                losses = self._fit(local, named, one, masks)
+                losses = self._fit(local, named, one, masks, adapters)
             if adapters is not None:
                 adapters.merge()
             chosen.finish()
@@ -312,7 +324,7 @@ class Reconstruction:
 
                 local = Local(group[0].name, forward, wanted, self.replay.keep)
                 with in_float32(named.values()):
-                    losses += self._fit(local, named, one, masks, 1 / len(groups))
+                    losses += self._fit(local, named, one, masks, adapters, 1 / len(groups))
                 if adapters is not None:
                     adapters.merge()
             except BaseException:
@@ -386,17 +398,20 @@ class Reconstruction:
         named: Mapping[str, nn.Parameter],
         view: ModelView,
         masks: Mapping[str, Tensor],
+        adapters: Adapters | None,
         share: float = 1.0,
     ) -> list[float]:
         half = next((t.dtype for t in local.targets if t.dtype != torch.float32), None)
         device = self.replay.device.type
+        hooks = [KeepZeros(view, masks), *(adapters.hooks() if adapters is not None else [])]
+        torch.manual_seed(self.settings.seed)  # dropout, the same in every process and on resuming
         with torch.autocast(device, dtype=half or torch.bfloat16, enabled=half is not None):
             return fit_local(
                 local,
                 named,
                 self.settings,
                 per_step=self._per_step,
-                hooks=[KeepZeros(view, masks)],
+                hooks=hooks,
                 model=view.model,
                 advance=lambda steps, detail: self._advance(steps * share, detail),
             )
@@ -407,7 +422,7 @@ class Reconstruction:
             "train": list(self.train),
             "adapter": dict(self.adapter),
             "unit": self.unit,
-            "targets": self.targets,
+            "stream": self.stream,
             "data": data.fingerprint,
             "processes": world,
             **self.identity,
@@ -422,7 +437,7 @@ class Reconstruction:
             "method": "reconstruct",
             "train": list(self.train),
             "unit": self.unit,
-            "targets": self.targets,
+            "stream": self.stream,
             "windows": windows,
             "steps": self.settings.steps,
             "trained": trained,

@@ -27,7 +27,7 @@ class Task:
             without one has nothing gone. What is gone must stay gone.
         train: subsets and at most one kind of adapter (``perp.parts`` takes them apart).
         adapter: the adapter's options.
-        reconstruction: ``samples``, ``unit`` and ``targets`` of reconstruct.
+        reconstruction: ``samples``, ``unit`` and ``stream`` of reconstruct.
         teacher: the dense model, for those who learn from it (loaded only if asked for).
         folder: for checkpoints; the same task there goes on where it stopped.
         identity: what else a checkpoint has to agree on.

@@ -3,8 +3,8 @@
 The loop is DSA's (Li, Dong et al. 2024, algorithm 1): from a random share of the population
 take the best few, mutate one, cross it with another, add both children, keep the best. Around
 it stands what makes such a search affordable and trustworthy: plans are evaluated once however
-many candidates lead to them; evaluation goes in rungs, and only what is among the best of a
-rung goes on to the next (successive halving); every draw is fixed by the seed and the
+many candidates lead to them; evaluation goes in rungs, and only the best of a
+generation go on to the next (successive halving); every draw is fixed by the seed and the
 generation's number, so a journal of results alone resumes a search exactly.
 """
 
@@ -67,7 +67,7 @@ class SearchSettings:
         pool: share of the population drawn before the best are taken (0.9).
         top: parents are among so many best of the pool (5).
         offspring: children of one generation, which can be evaluated in parallel (2).
-        eta: of each rung's results the best 1 in ``eta`` go on.
+        eta: of a generation the best 1 in ``eta`` go on to the next rung.
         seed: fixes everything.
         attempts: proposals for one child before the space counts as exhausted.
     """
@@ -91,7 +91,7 @@ class SearchSettings:
             raise UsageError("one in ETA goes on, so ETA >= 2", field="eta", value=self.eta)
 
 
-@dataclass
+@dataclass(eq=False)
 class Member(Generic[G]):
     """A candidate with a plan of its own and what is known of its value (lower is better)."""
 
@@ -105,8 +105,12 @@ class Member(Generic[G]):
     @property
     def value(self) -> float:
         """Mean over the rungs evaluated; infinite if anything is not finite."""
-        total = sum(s for s, _ in self.sums)
-        weight = sum(w for _, w in self.sums)
+        return self.value_at(len(self.sums) - 1)
+
+    def value_at(self, rung: int) -> float:
+        """The same after the stages up to ``rung``."""
+        total = sum(s for s, _ in self.sums[: rung + 1])
+        weight = sum(w for _, w in self.sums[: rung + 1])
         return total / weight if weight > 0 and math.isfinite(total) else math.inf
 
 
@@ -152,10 +156,9 @@ class Evolution(Generic[G]):
         self.space, self.executor = space, executor
         self.settings = settings or SearchSettings()
         self.rungs, self.seeds = rungs, list(seeds)
-        self.journal = journal or Journal()
+        self.journal = Journal() if journal is None else journal
         self.progress, self.observe = progress, observe
         self.members: dict[Payload, Member[G]] = {}
-        self.by_rung: list[list[float]] = [[] for _ in range(rungs)]
         self.population: list[Member[G]] = []
         self.history: list[dict[str, Any]] = []
         self.invalid = self.repeated = 0
@@ -277,18 +280,24 @@ class Evolution(Generic[G]):
             outcomes = self._outcomes([(member.plan, rung) for member in going])
             for member, outcome in zip(going, outcomes, strict=True):
                 member.sums.append(outcome)
-                self.by_rung[rung].append(member.value)
                 if rung == 0:
                     self.members[member.plan] = member
                     advance(1)
             if rung + 1 < self.rungs:
-                ranked = sorted(self.by_rung[rung])
-                limit = ranked[math.ceil(len(ranked) / self.settings.eta) - 1]
-                going = [m for m in going if self._seeded(m) or m.value <= limit]
+                going = self._promoted(going, rung)
         for member in going:
             member.full = True
         for member in batch:
             self.history.append(self._record(member))
+
+    def _promoted(self, going: list[Member[G]], rung: int) -> list[Member[G]]:
+        """Seeds, and the best 1 in ``eta`` of the others that could still enter the population."""
+        others = sorted((m for m in going if not self._seeded(m)), key=_rank)
+        chosen = others[: math.ceil(len(others) / self.settings.eta)]
+        if len(self.population) == self.settings.population:
+            worst = max(m.value_at(rung) for m in self.population)
+            chosen = [m for m in chosen if m.value <= worst]
+        return [m for m in going if self._seeded(m) or m in chosen]
 
     def _seeded(self, member: Member[G]) -> bool:
         return member.generation == 0 and member.plan in self.promised

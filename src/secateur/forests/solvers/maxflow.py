@@ -14,23 +14,19 @@ from numpy.typing import NDArray
 
 from secateur.errors import NumericsError
 from secateur.forests.closure import ClosureProblem, keys_of
+from secateur.forests.reduction import BITS
 from secateur.forests.solvers.interface import Cut
-
-BITS = 46
-"""Capacities are rounded to ``2**-BITS`` of the total gain: below what float64 sums resolve,
-and far from the end of int64 whatever is added up."""
 
 
 @dataclass(frozen=True)
 class IntegerNetwork:
-    """Capacities of the closure network as exact int64 multiples of ``unit``.
+    """Capacities of the closure network.
 
     Attributes:
-        supply: (n,) from the source to a node.
-        drain: (n,) from a node to the sink.
-        toll: (n_keys,) from a key to the sink.
+        supply: (n,) int64, from the source to a node.
+        drain: (n,) int64, from a node to the sink.
+        toll: (n_keys,) int64, from a key to the sink.
         unlimited: more than can ever flow.
-        unit: what one stands for, in raw loss units.
     """
 
     problem: ClosureProblem
@@ -38,7 +34,6 @@ class IntegerNetwork:
     drain: NDArray[np.int64]
     toll: NDArray[np.int64]
     unlimited: int
-    unit: float
 
     @property
     def total(self) -> int:
@@ -51,37 +46,22 @@ class IntegerNetwork:
         return int(self.supply[~kept].sum() + self.drain[kept].sum() + self.toll[paid].sum())
 
 
-def integer_network(problem: ClosureProblem, price: float) -> IntegerNetwork:
-    """Scale by a power of two, which keeps whole error counts whole.
+def integer_network(problem: ClosureProblem) -> IntegerNetwork:
+    """The network of a problem in whole numbers (see ``in_whole_units``), at price 1.
 
-    Charges beyond the total gain can never be worth paying and are cut off there.
-
-    Raises:
-        NumericsError: the price, a gain or a charge is not finite.
+    Sums of tolls and charges that outgrew the total gain are cut off above it once more.
     """
-    if not np.isfinite(price):
-        raise NumericsError(f"the price must be finite, not {price}", fix="give a finite lambda")
-    net = problem.net(price)
-    charge = price * problem.charge
-    if not (np.isfinite(net).all() and np.isfinite(charge).all()):
-        raise NumericsError(
-            "gains and costs must be finite", fix="look for NaN in targets or costs"
-        )
+    net = problem.net(1.0)
+    most = 2.0 ** (BITS + 1)
     supply = np.maximum(net, 0)
-    total = float(supply.sum())
-    exponent = BITS - int(np.ceil(np.log2(total))) if total > 0 else BITS
-    scale = 2.0**exponent
-
-    def whole(x: NDArray[np.float64]) -> NDArray[np.int64]:
-        return np.rint(np.minimum(x, 2 * total + 1 / scale) * scale).astype(np.int64)
-
-    return IntegerNetwork(
-        problem, whole(supply), whole(np.maximum(-net, 0)), whole(charge), 4 << BITS, 1.0 / scale
-    )
+    drain = np.minimum(np.maximum(-net, 0), most)
+    toll = np.minimum(problem.charge, most)
+    supply, drain, toll = (x.astype(np.int64) for x in (supply, drain, toll))
+    return IntegerNetwork(problem, supply, drain, toll, unlimited=4 << BITS)
 
 
-def solve_maxflow(problem: ClosureProblem, price: float, backend: str = "scipy") -> Cut:
-    """The smallest optimal closure, with the flow as the proof.
+def solve_maxflow(problem: ClosureProblem, backend: str = "scipy") -> Cut:
+    """The smallest optimal closure of a problem in whole numbers, with the flow as the proof.
 
     Args:
         backend: ``ortools`` (push-relabel in int64) or ``scipy`` (Dinic in int32, refined digit
@@ -90,7 +70,7 @@ def solve_maxflow(problem: ClosureProblem, price: float, backend: str = "scipy")
     Raises:
         NumericsError: the cut and the flow disagree, which would be a fault of the backend.
     """
-    network = integer_network(problem, price)
+    network = integer_network(problem)
     if backend == "ortools":
         from secateur.forests.solvers.flow_ortools import minimum_cut
     else:
@@ -102,8 +82,4 @@ def solve_maxflow(problem: ClosureProblem, price: float, backend: str = "scipy")
             "the answer would not be optimal",
             fix="try the other backend: solver='scipy' or solver='ortools'",
         )
-    profit = problem.profit(kept, price)
-    # Rounding moves any cut by at most half a unit for each node and key.
-    slack = 0.5 * network.unit * (problem.n_nodes + problem.n_keys)
-    bound = (network.total - flow) * network.unit + slack
-    return Cut(kept, profit, max(profit, bound), rounds, backend)
+    return Cut(kept, problem.profit(kept, 1.0), float(network.total - flow), rounds, backend)

@@ -6,8 +6,12 @@ as a shortest path with CPLEX; ``best_closure``'s bottom-up recursion gives the 
 Each round yields a feasible pruning and an upper bound on every pruning's profit, so the
 result always comes with a certified gap. Trees meet only in the sums over keys.
 
-One thing is added: prunings are also read off the running mean of the iterates (Barahona and
-Anbil's volume algorithm), which finds good ones where single iterates jump between extremes.
+Two step rules. ``published`` moves along the sub-gradient of the newest iterate. ``averaged``, the
+default, is Barahona and Anbil's volume algorithm: it moves from the best multipliers known along
+the running mean of the iterates. After every round it also turns the multipliers into a flow that
+no key's price is exceeded by and fills what is left, tree by tree, which can only lower the bound;
+that is our addition and closes most of the gap where the optimum jumps. Prunings are read off the
+running mean too, under either rule.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from joblib import cpu_count
+from joblib import effective_n_jobs
 from numba import njit
 from numpy.typing import NDArray
 
@@ -30,6 +34,8 @@ MEMORY = 0.1
 """Weight of the newest pruning in the running mean (as in the volume algorithm)."""
 THRESHOLDS = (0.1, 0.5, 0.9)
 ROUND_EVERY = 5
+LONGER, SHORTER = 1.05, 0.99
+"""What a better, a worse round does to the length of averaged steps."""
 PARALLEL_FROM = 500_000
 """First-use entries from which threads pay for themselves."""
 
@@ -46,12 +52,13 @@ def tree_chunks(problem: ClosureProblem, parts: int) -> NDArray[np.int64]:
 class _Relaxation:
     """The relaxed problem at multipliers ``beta``, its trees shared out over threads."""
 
-    def __init__(self, problem: ClosureProblem, price: float, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, problem: ClosureProblem, price: float, pool: ThreadPoolExecutor, threads: int
+    ) -> None:
         self.problem = problem
         self.net = problem.net(price)
         self.charge = price * problem.charge
         self.pool = pool
-        threads = cpu_count() if len(problem.key) >= PARALLEL_FROM else 1
         bounds = tree_chunks(problem, min(threads, len(np.unique(problem.tree)))).tolist()
         self.chunks = list(pairwise(bounds))
         parts, keys = len(self.chunks), problem.n_keys
@@ -61,7 +68,9 @@ class _Relaxation:
         self.asked = np.zeros((parts, keys), dtype=np.bool_)
         self.offered = np.zeros((parts, keys))
         self.bought = np.zeros(keys, dtype=np.bool_)
-        self.average = np.zeros(problem.n_nodes)
+        self.node_mean = np.zeros(problem.n_nodes, dtype=np.float32)
+        self.key_mean = np.zeros(keys, dtype=np.float32)
+        self.memory = 1.0
 
     def _each_chunk(self, kernel: Any, per_chunk: list[tuple[Any, ...]]) -> float:
         """Run a kernel on every chunk of trees at once; the sum of what it returns."""
@@ -80,11 +89,13 @@ class _Relaxation:
                 for asked, offered in zip(self.asked, self.offered, strict=True)
             ],
         )
-        self.average += MEMORY * (self.kept - self.average)
         paid = self.asked.any(0)
         spare = self.charge - self.offered.sum(0)
         # A key whose offers exceed its price is bought in the relaxed problem.
         self.bought = spare < 0
+        self.node_mean += np.float32(self.memory) * (self.kept - self.node_mean)
+        self.key_mean += np.float32(self.memory) * (self.bought - self.key_mean)
+        self.memory = MEMORY
         profit = float(self.net[self.kept].sum()) - float(self.charge[paid].sum())
         return profit, relaxed - float(spare[self.bought].sum())
 
@@ -95,18 +106,36 @@ class _Relaxation:
         never rises from parent to child, so every threshold gives a closed set.
         """
         for threshold in THRESHOLDS:
-            kept = self.average > threshold
+            kept = self.node_mean > threshold
             paid = keys_of(self.problem.ptr, self.problem.key, kept, self.problem.n_keys)
             yield float(self.net[kept].sum()) - float(self.charge[paid].sum()), kept
 
-    def disagreement(self) -> float:
-        """First uses on which a tree and the forest differ: the squared sub-gradient."""
-        return self._each_chunk(_disagreement, [(self.kept, self.bought)] * len(self.chunks))
+    def fill(self) -> float:
+        """Make the multipliers a flow within the keys' prices, and a maximal one; its bound."""
+        problem = self.problem
+        return float(
+            _fill(
+                problem.ptr, problem.key, problem.parent, self.net, self.charge,
+                self.offered.sum(0), self.beta, self.value,
+            )
+        )  # fmt: skip
 
-    def step(self, length: float) -> None:
-        """Move the multipliers along the sub-gradient."""
-        each = (self.kept, self.bought, np.float32(length), self.beta)
-        self._each_chunk(_update, [each] * len(self.chunks))
+    def step(self, share: float, missing: float, start: NDArray[np.float32], mean: bool) -> bool:
+        """From multipliers ``start``, along the newest (or the mean) sub-gradient.
+
+        The length is ``share * missing / |g|^2``; ``missing`` is what bound and profit differ by.
+        False if there is nowhere to go: trees and forest agree on everything.
+        """
+        if mean:
+            along = (self.node_mean, self.key_mean)
+        else:
+            along = (self.kept.astype(np.float32), self.bought.astype(np.float32))
+        square = self._each_chunk(_square, [(*along, start, mean)] * len(self.chunks))
+        if square == 0:
+            return False
+        length = np.float32(share * missing / square)
+        self._each_chunk(_update, [(*along, length, start, self.beta)] * len(self.chunks))
+        return True
 
 
 def solve_primal_dual(
@@ -120,14 +149,18 @@ def solve_primal_dual(
     Stops after ``max_iter`` rounds or when the gap is at most ``tol`` of the bound.
     """
     options = options or PrimalDualOptions()
+    averaged = options.steps == "averaged"
     best_kept = np.zeros(problem.n_nodes, dtype=np.bool_)
     best_profit, best_bound = 0.0, np.inf
     history: list[tuple[float, float]] = []
+    threads = effective_n_jobs(options.n_jobs) if len(problem.key) >= PARALLEL_FROM else 1
     with (
-        ThreadPoolExecutor(cpu_count()) as pool,
+        ThreadPoolExecutor(threads) as pool,
         progress.stage("primal-dual", total=options.max_iter, unit="rounds") as advance,
     ):
-        relaxation = _Relaxation(problem, price, pool)
+        relaxation = _Relaxation(problem, price, pool, threads)
+        centre = np.zeros_like(relaxation.beta) if averaged else relaxation.beta
+        share = 1.0
         for iteration in range(1, options.max_iter + 1):
             profit, bound = relaxation.prune()
             if profit > best_profit:
@@ -136,14 +169,23 @@ def solve_primal_dual(
                 for profit, kept in relaxation.rounded():
                     if profit > best_profit:
                         best_profit, best_kept = profit, kept
+            if averaged:
+                bound = relaxation.fill()
+                if bound < best_bound:
+                    centre, relaxation.beta = relaxation.beta, centre
+                    share = min(2.0, LONGER * share)
+                else:
+                    share *= SHORTER
+            else:
+                share = (1 + options.step_m) / (iteration + options.step_m)
             best_bound = min(best_bound, bound)
             history.append((best_profit, best_bound))
             advance(1)
-            disagreement = relaxation.disagreement()
-            if best_bound - best_profit <= options.tol * abs(best_bound) or disagreement == 0:
+            if best_bound - best_profit <= options.tol * abs(best_bound):
                 break
-            m = options.step_m
-            relaxation.step((1 + m) / (iteration + m) * (bound - best_profit) / disagreement)
+            missing = (best_bound if averaged else bound) - best_profit
+            if not relaxation.step(share, missing, centre, averaged):
+                break
     return Cut(best_kept, best_profit, best_bound, len(history), "primal_dual", np.array(history))
 
 
@@ -176,25 +218,73 @@ def _prune_trees(
 
 
 @njit(nogil=True, cache=True)
-def _disagreement(ptr: Any, key: Any, start: int, stop: int, kept: Any, bought: Any) -> int:
-    """Entries on which a tree and the forest disagree: the squared sub-gradient."""
-    count = 0
+def _square(
+    ptr: Any, key: Any, start: int, stop: int, of_node: Any, of_key: Any, beta: Any,
+    projected: bool,
+) -> float:  # fmt: skip
+    """Squared length of the sub-gradient; ``projected``: without what would lead below zero."""
+    total = 0.0
     for h in range(start, stop):
         for e in range(ptr[h], ptr[h + 1]):
-            if kept[h] != bought[key[e]]:
-                count += 1
-    return count
+            g = of_node[h] - of_key[key[e]]
+            if g > 0 or beta[e] > 0 or not projected:
+                total += g * g
+    return total
 
 
 @njit(nogil=True, cache=True)
 def _update(
-    ptr: Any, key: Any, start: int, stop: int, kept: Any, bought: Any, step: Any, beta: Any
-) -> int:
-    """Offer more where a tree uses what the forest did not buy, less where it is the reverse."""
+    ptr: Any, key: Any, start: int, stop: int, of_node: Any, of_key: Any, step: Any, beta: Any,
+    out: Any,
+) -> int:  # fmt: skip
+    """Offer more where trees use what the forest does not buy, less where it is the reverse."""
     for h in range(start, stop):
         for e in range(ptr[h], ptr[h + 1]):
-            if kept[h] and not bought[key[e]]:
-                beta[e] += step
-            elif not kept[h] and bought[key[e]]:
-                beta[e] = max(np.float32(0.0), beta[e] - step)
+            moved = beta[e] + step * (of_node[h] - of_key[key[e]])
+            out[e] = max(np.float32(0.0), moved)
     return stop - start
+
+
+@njit(nogil=True, cache=True)
+def _fill(
+    ptr: Any, key: Any, parent: Any, net: Any, charge: Any, offered: Any, beta: Any, value: Any
+) -> float:
+    """Offers cut to the prices, then, from the leaves up, spent where there is gain to spend.
+
+    What a node gains beyond its offers goes to its keys' spare room, evenly, and the rest up
+    to its parent; offers that no gain covers are taken back. Returns the relaxed bound there.
+    """
+    spare = charge.copy()
+    for h in range(len(parent)):
+        for e in range(ptr[h], ptr[h + 1]):
+            k = key[e]
+            if offered[k] > charge[k]:
+                beta[e] *= charge[k] / offered[k]
+            spare[k] -= beta[e]
+    value[:] = net
+    total = 0.0
+    for h in range(len(parent) - 1, -1, -1):
+        own, room = 0.0, 0.0
+        for e in range(ptr[h], ptr[h + 1]):
+            own += beta[e]
+            room += max(0.0, spare[key[e]])
+        left = value[h] - own
+        if (left > 0 and room > 0) or (left < 0 and own > 0):
+            more = min(1.0, left / room) if left > 0 else 0.0
+            less = 1.0 if left > 0 else max(0.0, 1.0 + left / own)
+            own = 0.0
+            for e in range(ptr[h], ptr[h + 1]):
+                before = beta[e]
+                beta[e] = less * before + more * max(0.0, spare[key[e]])
+                spare[key[e]] -= beta[e] - before
+                own += beta[e]
+            left = value[h] - own
+        if left > 0:
+            if parent[h] >= 0:
+                value[parent[h]] += left
+            else:
+                total += left
+    # float32 offers may exceed a price by a rounding; the bound counts that.
+    for k in range(len(charge)):
+        total += max(0.0, -spare[k])
+    return total

@@ -1,0 +1,186 @@
+"""The record of a structured run: widths before and after, costs, speed and where it went."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from secateur import __version__
+from secateur.allocation.plan import Plan
+from secateur.errors import SecateurError
+from secateur.evaluation.size import memory_bytes, weight_bytes
+from secateur.evaluation.speed import compare_speed, machine
+from secateur.masks.structured import StructuredMask
+from secateur.models.loading import load
+from secateur.models.structured_saving import Form
+from secateur.models.units import Group, Units
+from secateur.run.breakdown import breakdown
+from secateur.run.folder import RunFolder
+from secateur.run.session import Session
+from secateur.run.structured_plan import removed_share
+
+_WORDS = {"head": "heads", "kv_group": "key-value groups", "ffn": "channels"}
+
+
+def assemble_structured(
+    session: Session,
+    *,
+    units: Units,
+    plan: Plan,
+    mask: StructuredMask,
+    records: list[dict[str, Any]],
+    form: Form,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    command: str,
+    quality: dict[str, Any] | None,
+    speed: dict[str, Any] | None,
+    folder: RunFolder | None,
+    memory_peak: int,
+    reopened: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything known about the run as one JSON-able record (the report's only input)."""
+    groups = list(units)
+    noted = {r["key"]: r for r in records}
+    rows = [_row(g, plan, mask, noted.get(g.key, {})) for g in groups]
+    model = session.loaded.model
+    source = session.loaded.folder
+    pruned_bytes = memory_bytes(model) if folder is None else weight_bytes(folder.path)
+    dense_memory = before["parameters"] * next(model.parameters()).element_size()
+    whole = sum(g.weights * g.n_units for g in groups)
+    gone = sum(int(mask.of(g).sum()) * g.weights for g in groups)
+    notes = [*session.loaded.notes, *session.notes]
+    if form.why:
+        notes.append(
+            form.why if form.stock else f"opens with secateur.load_pruned only: {form.why}"
+        )
+    return {
+        "secateur": __version__,
+        "command": command,
+        "recipe": session.recipe.model_dump(mode="json"),
+        "resolved": {"scope": "units", "update": "none"},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": session.loaded.name,
+            "parameters": after["parameters"],
+            "fingerprint": session.loaded.fingerprint,
+            "notes": session.loaded.notes,
+        },
+        "calibration": None if session.calibration is None else session.calibration.record,
+        "modules": [],
+        "blocks": [],
+        "totals": {
+            "asked": removed_share(groups, plan),
+            "delivered": gone / max(1, whole),
+            "zeros": before["parameters"] - after["parameters"],
+            "elements": before["parameters"],
+            "pattern": None,
+        },
+        "structure": {
+            "groups": rows,
+            "skipped": units.skipped,
+            "parameters": {"before": before["parameters"], "after": after["parameters"]},
+            "flops": {
+                phase: {
+                    "before": before[phase],
+                    "after": after[phase],
+                    "ratio": before[phase]["total"] / after[phase]["total"],
+                }
+                for phase in ("prefill", "decode")
+            },
+            "context": session.recipe.structure.context,
+            "target": _target(session, before, after, gone / max(1, whole)),
+            "form": {
+                "stock": form.stock,
+                "architecture": form.architecture,
+                "why": form.why,
+            },
+        },
+        "excluded": {},
+        "quality": quality,
+        "size": {
+            "disk": {
+                "dense": dense_memory if source is None else weight_bytes(source),
+                "pruned": pruned_bytes,
+            },
+            "memory": {"dense": dense_memory, "pruned": memory_bytes(model)},
+            "note": "whole units are gone: the model is smaller in memory and on disk",
+        },
+        "speed": speed,
+        "timing": {k: round(v, 3) for k, v in session.timing.items()},
+        "memory_peak": memory_peak,
+        "machine": machine(session.device),
+        "notes": notes,
+        "reopened": reopened,
+        "verified": True,
+    }
+
+
+def _target(
+    session: Session, before: dict[str, Any], after: dict[str, Any], share: float
+) -> dict[str, Any]:
+    """What was asked, counted as it was asked; a time is known only when speed is measured."""
+    kind = session.recipe.structure.target_kind
+    delivered = {
+        "ratio": share,
+        "parameters": 1 - after["parameters"] / before["parameters"],
+        "flops": 1 - after["prefill"]["total"] / before["prefill"]["total"],
+        "latency": None,
+    }[kind]
+    return {"kind": kind, "asked": session.recipe.target.sparsity, "delivered": delivered}
+
+
+def _row(group: Group, plan: Plan, mask: StructuredMask, noted: dict[str, Any]) -> dict[str, Any]:
+    removed = int(mask.of(group).sum())
+    return {
+        "name": group.key,
+        "kind": group.kind,
+        "unit": _WORDS.get(group.kind, group.kind),
+        "block": group.block,
+        "stack": group.stack,
+        "attention": group.attention,
+        "before": group.n_units,
+        "after": group.n_units - removed,
+        "asked": plan.units[group.key].removed,
+        "removed": removed,
+        "notes": noted.get("notes") or {},
+        "tokens": noted.get("tokens"),
+        "seconds": noted.get("seconds"),
+        "scores": noted.get("scores"),
+    }
+
+
+def measure_structured_speed(session: Session, *, owned: bool) -> dict[str, Any] | None:
+    """Dense against pruned in turns, and the time of each part; None when not asked.
+
+    The dense model is loaded again, so this is left out (and said) when the model came from
+    the caller.
+    """
+    evaluation = session.recipe.evaluation
+    if evaluation is None or not evaluation.speed or session.evaluation is None:
+        return None
+    if not owned:
+        session.notes.append(
+            "speed was not measured: it needs the dense model beside the pruned one in memory"
+        )
+        return None
+    recipe = session.recipe
+    with session.timed("speed"):
+        try:
+            dense = load(
+                recipe.model,
+                dtype=recipe.dtype,
+                device=recipe.device,
+                tokenizer=False,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+            ids = session.evaluation.ids[:1]
+            with session.progress.stage("measuring speed"):
+                speed = compare_speed(
+                    dense.model, session.loaded.model, ids, seconds=evaluation.speed_seconds
+                )
+                speed["parts"] = breakdown(dense.model, session.loaded.model, ids)
+            return speed
+        except (SecateurError, MemoryError) as error:
+            session.notes.append(f"speed was not measured: {error}")
+            return None
