@@ -19,6 +19,7 @@ _LAZY = {
     "evaluate": "secateur.api",
     "recover": "secateur.api",
     "load_pruned": "secateur.export.loading",
+    "search_plan": "secateur.run.plan_search",
     "Recipe": "secateur.recipe",
     "Result": "secateur.run.runner",
     "Target": "secateur.masks.target",
@@ -38,6 +39,7 @@ __all__ = [
     "load_pruned",
     "prune",
     "recover",
+    "search_plan",
 ]
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from secateur.export.loading import load_pruned
     from secateur.masks.target import Target
     from secateur.recipe import Recipe
+    from secateur.run.plan_search import search_plan
     from secateur.run.runner import Result
 
 

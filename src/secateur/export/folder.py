@@ -18,6 +18,7 @@ from secateur.errors import SecateurError, UsageError
 from secateur.files import told_plainly
 from secateur.masks.store import FILE_NAME as MASK_FILE
 from secateur.masks.store import MaskStore, check_mask, load_masks
+from secateur.models.structured_saving import read_manifest
 from secateur.tensorfile import TensorFiles
 
 _SIDE_FILES = (
@@ -52,6 +53,14 @@ class ModelFolder:
     def __init__(self, path: Path | str, masks: Mapping[str, Tensor] | None = None) -> None:
         self.path = Path(path)
         self.config = read_config(self.path)
+        manifest = read_manifest(self.path)
+        if manifest is not None and not manifest["stock"]:
+            raise UsageError(
+                f"its shapes are no stock model's ({manifest.get('why') or 'see its manifest'})",
+                field="folder",
+                value=str(self.path),
+                fix="prune with structure: {uniform: true}, or use --format onnx",
+            )
         self.tensors = TensorFiles(weight_files(self.path))
         if masks is None and (self.path / MASK_FILE).is_file():
             masks = load_masks(self.path)

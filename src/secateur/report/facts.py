@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from secateur.report import words
+from secateur.report import structure, words
 
 _HASH = re.compile("[0-9a-f]{32,}")
 Sentence = tuple[str, str]
@@ -45,6 +45,8 @@ def _delivered(result: dict[str, Any]) -> list[Sentence]:
     totals = result.get("totals")
     if not totals:
         return []
+    if result.get("structure"):
+        return structure.delivered(result)
     zeros, elements = totals["zeros"], totals["elements"]
     wrong = [m for m in result.get("modules") or [] if m["asked_count"] != m["delivered_count"]]
     asked = totals.get("pattern") or words.percent(totals["asked"])
@@ -130,7 +132,10 @@ def _bytes(result: dict[str, Any]) -> list[Sentence]:
 def _speed(result: dict[str, Any]) -> list[Sentence]:
     speed, totals = result.get("speed"), result.get("totals") or {}
     if speed and speed.get("verdict"):
-        return [("plain", _sentence(str(speed["verdict"])))]
+        verdict = ("plain", _sentence(str(speed["verdict"])))
+        return [verdict, *(structure.speed(result) if result.get("structure") else ())]
+    if result.get("structure"):
+        return [("plain", "Speed was not measured.")]
     text = "Speed was not measured."
     if not totals.get("pattern") and totals.get("delivered"):
         text += (

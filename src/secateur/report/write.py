@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 
 from secateur.files import finite, write_json, write_text
-from secateur.report import allocation_charts, facts, figures, words
+from secateur.report import allocation_charts, facts, figures, structure, words
 
 
 def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
@@ -49,12 +49,15 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
             "errors": figures.error_chart(result),
             "sparsity": figures.sparsity_chart(result),
             "allocation": allocation_charts.of_run(result),
+            "widths": structure.widths_chart(result),
             "output_errors": figures.output_error_chart(result),
             "bytes": figures.bytes_chart(result),
             "speed": figures.speed_charts(result),
             "time": figures.time_chart(result),
         },
         "masks": figures.mask_panels(result),
+        "structure_rows": structure.rows(result),
+        "structure_parts": structure.parts_table(result),
     }
     card = {"front_matter": front_matter(result), **context}
     return write_pages(Path(folder), "report", context, card, result)

@@ -17,7 +17,7 @@ from secateur.models.structured_saving import Form, write_manifest
 from secateur.run.finish import OUTSIDE
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
-from secateur.run.verifying import PROBE, _probe_ids
+from secateur.run.verifying import PROBE, probe_ids
 from secateur.tensorfile import save_tensors
 
 
@@ -61,7 +61,7 @@ def save_structured(session: Session, folder: RunFolder, form: Form) -> dict[str
     finally:
         model.config = config
     write_index(folder.path, weight_map, size)
-    ids = _probe_ids(session)
+    ids = probe_ids(session)
     logits = reference_logits(model, ids)
     kind = next(model.parameters()).dtype
     words = {"dtype": str(kind).removeprefix("torch."), "device": session.device.type}
