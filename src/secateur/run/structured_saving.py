@@ -10,10 +10,10 @@ import torch
 from secateur.errors import VerificationError
 from secateur.export.huggingface import TOLERANCES, compare_logits, reference_logits
 from secateur.export.loading import load_pruned
-from secateur.models.saving import block_state, cast, outside_state, save_config_and_tokenizer
+from secateur.models.saving import block_state, cast, outside_state
 from secateur.models.shards import write_index, write_shard
 from secateur.models.state import quiet
-from secateur.models.structured_saving import Form, write_manifest
+from secateur.models.structured_saving import Form, save_form
 from secateur.run.finish import OUTSIDE
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
@@ -46,20 +46,8 @@ def save_structured(session: Session, folder: RunFolder, form: Form) -> dict[str
         write_shard(folder.path / name, state)
         weight_map |= dict.fromkeys(state, name)
         size += sum(t.numel() * t.element_size() for t in state.values())
-    write_manifest(
-        folder.path,
-        model,
-        form,
-        {"method": session.recipe.method, "target": str(session.recipe.target)},
-    )
-    config = model.config
-    model.config = form.config
-    try:
-        save_config_and_tokenizer(
-            model, session.loaded.tokenizer, folder.path, stored, form.architecture
-        )
-    finally:
-        model.config = config
+    facts = {"method": session.recipe.method, "target": str(session.recipe.target)}
+    save_form(folder.path, model, session.loaded.tokenizer, form, facts, stored)
     write_index(folder.path, weight_map, size)
     ids = probe_ids(session)
     logits = reference_logits(model, ids)
