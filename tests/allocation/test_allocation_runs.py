@@ -77,6 +77,17 @@ def test_a_streamed_run_plans_the_same(tiny_folder, tmp_path, name):
     assert whole.ratios == pytest.approx(streamed.ratios, abs=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("feature", ["output", "gate"])
+def test_als_compares_other_activations_too(family, feature):
+    allocation = {"name": "als", "feature": feature, "mu": "global", "component_feature": "input"}
+    plan = secateur.allocate(
+        tiny_model(family), tiny_tokenizer(), sparsity=0.5, allocation=allocation, **SETTINGS
+    )
+    assert plan.removed == Target(0.5).count(plan.elements)
+    assert len(set(plan.ratios.values())) > 1
+
+
 def test_mixtures_of_experts_are_planned_too():
     result = secateur.prune(
         tiny_model("mixtral"), tiny_tokenizer(), sparsity=0.5, allocation="als", **SETTINGS
