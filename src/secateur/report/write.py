@@ -40,10 +40,12 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
         "recipe": yaml.safe_dump(result.get("recipe") or {}, sort_keys=False, allow_unicode=True),
         "protocol": facts.facts((result.get("quality") or {}).get("protocol")),
         "calibration": facts.facts(result.get("calibration")),
+        "recovery": facts.recovery(result),
         "fingerprint": facts.plain((result.get("model") or {}).get("fingerprint")),
         "machine": facts.facts(result.get("machine")),
         "figures": {
             "quality": figures.quality_chart(result),
+            "recovery": figures.recovery_chart(result),
             "errors": figures.error_chart(result),
             "sparsity": figures.sparsity_chart(result),
             "allocation": allocation_charts.of_run(result),
@@ -139,7 +141,7 @@ def _environment(html: bool) -> jinja2.Environment:
 
 _PARTS: dict[str, Any] = dict.fromkeys(
     (
-        "secateur", "command", "recipe", "created", "modules", "blocks", "totals", "quality",
+        "secateur", "command", "recipe", "created", "modules", "blocks", "totals", "quality", "recovery",
         "size", "speed", "timing", "memory_peak", "machine", "notes", "calibration", "verified",
     )
 ) | {"model": {"name": None, "parameters": None, "fingerprint": None}}  # fmt: skip
