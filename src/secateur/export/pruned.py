@@ -16,7 +16,7 @@ from secateur.files import told_plainly
 from secateur.masks.structured import StructuredMask, structure_of
 from secateur.models.saving import save_weights
 from secateur.models.state import quiet
-from secateur.models.structured_saving import form_of, save_form
+from secateur.models.structured_saving import form_of, save_words
 
 
 def save_pruned(
@@ -64,7 +64,7 @@ def save_pruned(
         place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         save_weights(model, place)
-        save_form(place, model, tokenizer, form, facts or {})
+        save_words(place, model, tokenizer, facts or {}, form=form)
         compared = _compare(model, place)
         with told_plainly(folder):
             place.chmod(0o755)

@@ -191,15 +191,25 @@ def _fits(model: nn.Module, config: Any, kind: Any) -> bool:
     return wanted == {n: tuple(t.shape) for n, t in skeleton.state_dict().items()}
 
 
-def save_form(
+def save_words(
     folder: Path,
     model: nn.Module,
     tokenizer: Any,
-    form: Form,
     facts: dict[str, Any],
     stored: torch.dtype | None = None,
+    form: Form | None = None,
 ) -> None:
-    """Config, tokenizer and manifest of a cut model; its weights are the caller's to write."""
+    """Config and tokenizer, and the manifest of a model that lost units; weights come apart.
+
+    Args:
+        facts: entries for the manifest (how it was pruned).
+        stored: the type the weights are written in, if another than they have.
+        form: what ``form_of(model)`` gave, if it is known already.
+    """
+    if structure_of(model) is None:
+        save_config_and_tokenizer(model, tokenizer, folder, stored)
+        return
+    form = form or form_of(model)
     write_manifest(folder, model, form, facts)
     own: Any = model.config
     model.config = form.config

@@ -122,7 +122,7 @@ def search_plan(
         **{k: v for k, v in asdict(settings).items() if k != "budget"},
     }
     with RunFolder(out, identity, fresh=fresh) as folder:
-        problem = problem_of(session, (allocator,))
+        problem = problem_of(session, (allocator,), folder.inner / "evidence")
         kept = folder.inner / "trials"
         rankings, blocks = _scores(session, allocator, problem.scores, kept)
         if not (kept / "rankings.safetensors").exists():

@@ -25,10 +25,10 @@ from secateur.masks.structured import structure_of
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import Loaded, load
 from secateur.models.names import CheckpointMap
-from secateur.models.saving import block_state, cast, outside_state, save_config_and_tokenizer
+from secateur.models.saving import block_state, cast, outside_state
 from secateur.models.shards import INDEX, SafetensorsFolder, write_index, write_shard
 from secateur.models.state import evaluating, quiet
-from secateur.models.structured_saving import form_of, save_form
+from secateur.models.structured_saving import save_words
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Evaluation, Recovery
 from secateur.run.folder import RunFolder, writable
@@ -151,11 +151,7 @@ def save_recovered(
         size += sum(t.nbytes for t in state.values())
     transposed = [m.name for m in view.matrices() if m.transposed and m.name in masks]
     save_masks(path / MASKS, masks, {"transposed": transposed} if transposed else {})
-    if structure_of(loaded.model) is not None:  # cut structurally: its widths go with it
-        form, facts = form_of(loaded.model), {"recovered": True}
-        save_form(path, loaded.model, loaded.tokenizer, form, facts, loaded.stored)
-    else:
-        save_config_and_tokenizer(loaded.model, loaded.tokenizer, path, loaded.stored)
+    save_words(path, loaded.model, loaded.tokenizer, {"recovered": True}, loaded.stored)
     write_index(path, places, size)
     ids = (
         windows.ids[:1, :PROBE_TOKENS].contiguous()

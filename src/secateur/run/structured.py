@@ -168,6 +168,13 @@ def _refuse(recipe: Recipe) -> None:
                 fix="structure: {kinds: [...], protect: [0, -1]}",
             )
     structure = recipe.structure
+    if structure.align and (structure.uniform or structure.round_to > 1):
+        raise UsageError(
+            "alignment moves some widths up and others down",
+            field="align",
+            value=True,
+            fix="round_to: 32 for widths that are all alike, or leave uniform and round_to out",
+        )
     if structure.ranking == "global" and (structure.uniform or structure.round_to > 1):
         raise UsageError(
             "a global ranking gives every group its own width",

@@ -13,8 +13,8 @@ from secateur.export.loading import load_pruned
 from secateur.models.saving import block_state, cast, outside_state
 from secateur.models.shards import write_index, write_shard
 from secateur.models.state import quiet
-from secateur.models.structured_saving import Form, save_form
-from secateur.run.finish import OUTSIDE
+from secateur.models.structured_saving import Form
+from secateur.run.finish import OUTSIDE, save_form
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
 from secateur.run.verifying import PROBE, probe_ids
@@ -46,8 +46,7 @@ def save_structured(session: Session, folder: RunFolder, form: Form) -> dict[str
         write_shard(folder.path / name, state)
         weight_map |= dict.fromkeys(state, name)
         size += sum(t.numel() * t.element_size() for t in state.values())
-    facts = {"method": session.recipe.method, "target": str(session.recipe.target)}
-    save_form(folder.path, model, session.loaded.tokenizer, form, facts, stored)
+    save_form(session, folder, form)
     write_index(folder.path, weight_map, size)
     ids = probe_ids(session)
     logits = reference_logits(model, ids)
