@@ -30,7 +30,7 @@ from secateur.run.folder import RunFolder
 from secateur.run.records import module_record
 from secateur.run.session import Session
 from secateur.training.distil import distillation_loss
-from secateur.training.loop import Batch, fit, next_token_loss
+from secateur.training.loop import Batch, Loss, fit, next_token_loss
 from secateur.training.maskllm import LearnedMasks, bytes_per_weight
 
 MASK = "learned.mask"
@@ -211,7 +211,7 @@ def _trained(
         session.timed("learning"),
         LearnedMasks.attach(session.view, patterns, method.learning, prior) as masks,
     ):
-        plain = next_token_loss
+        plain: Loss = next_token_loss
         if method.distil:
             plain = distillation_loss(masks.teacher(), method.distil, method.temperature)
 

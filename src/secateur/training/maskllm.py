@@ -176,7 +176,7 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output under the drawn, or else the most likely, mask."""
         if self.open:
-            return self.base_layer(x)  # type: ignore[no-any-return]
+            return self.base_layer(x)
         bias: Any = getattr(self.base_layer, "bias", None)
         if self.draw is None:
             weight = self.dense().masked_fill(self.mask(), 0).to(x.dtype)
@@ -248,9 +248,9 @@ class LearnedMasks(Hook):
                 field="method",
                 value="maskllm",
             )
-        given = prior or {}
+        known = prior or {}
         masks.start = {
-            n: given[n] if n in given else m.mask().cpu() for n, m in masks.modules.items()
+            n: known[n] if n in known else m.mask().cpu() for n, m in masks.modules.items()
         }
         return masks
 
