@@ -18,6 +18,7 @@ _LAZY = {
     "allocate": "secateur.api",
     "evaluate": "secateur.api",
     "load_pruned": "secateur.export.loading",
+    "search_plan": "secateur.run.plan_search",
     "Recipe": "secateur.recipe",
     "Result": "secateur.run.runner",
     "Target": "secateur.masks.target",
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "load_pruned",
     "prune",
+    "search_plan",
 ]
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from secateur.export.loading import load_pruned
     from secateur.masks.target import Target
     from secateur.recipe import Recipe
+    from secateur.run.plan_search import search_plan
     from secateur.run.runner import Result
 
 

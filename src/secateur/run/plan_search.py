@@ -1,6 +1,6 @@
 """Searching a plan for a model: the search split, the sorted scores, the search, its folder.
 
-DIR/found.json      the function found, for ``--allocation-option preset=DIR/found.json``
+DIR/found.json      the function found, for ``--allocation dsa -A preset=DIR/found.json``
 DIR/plan.json       the best plan, for ``--allocation DIR/plan.json``
 DIR/search.json     every plan tried, in order; DIR/search.svg draws it
 DIR/secateur/       what a killed search goes on from
