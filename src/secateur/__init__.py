@@ -17,7 +17,10 @@ _LAZY = {
     "prune": "secateur.api",
     "allocate": "secateur.api",
     "evaluate": "secateur.api",
+    "recover": "secateur.api",
     "load_pruned": "secateur.export.loading",
+    "save_pruned": "secateur.export.pruned",
+    "prune_heads": "secateur.methods.heads",
     "search_plan": "secateur.run.plan_search",
     "Recipe": "secateur.recipe",
     "Result": "secateur.run.runner",
@@ -37,14 +40,19 @@ __all__ = [
     "evaluate",
     "load_pruned",
     "prune",
+    "prune_heads",
+    "recover",
+    "save_pruned",
     "search_plan",
 ]
 
 if TYPE_CHECKING:
-    from secateur.api import allocate, evaluate, prune
+    from secateur.api import allocate, evaluate, prune, recover
     from secateur.errors import SecateurError, UsageError
     from secateur.export.loading import load_pruned
+    from secateur.export.pruned import save_pruned
     from secateur.masks.target import Target
+    from secateur.methods.heads import prune_heads
     from secateur.recipe import Recipe
     from secateur.run.plan_search import search_plan
     from secateur.run.runner import Result
