@@ -152,7 +152,8 @@ def _refuse(recipe: Recipe) -> None:
             "training follows in a run of its own",
             field="recovery",
             value=recipe.recovery.method,
-            fix="leave recovery out, and train the folder that this run writes",
+            fix="leave recovery out, then prune the folder written here with method magnitude, "
+            "sparsity 0 and this recovery",
         )
     for field in ("include", "exclude"):
         if getattr(recipe, field):
@@ -163,6 +164,13 @@ def _refuse(recipe: Recipe) -> None:
                 fix="structure: {kinds: [...], protect: [0, -1]}",
             )
     structure = recipe.structure
+    if structure.align and (structure.uniform or structure.round_to > 1):
+        raise UsageError(
+            "alignment moves some widths up and others down",
+            field="align",
+            value=True,
+            fix="round_to: 32 for widths that are all alike, or leave uniform and round_to out",
+        )
     if structure.ranking == "global" and (structure.uniform or structure.round_to > 1):
         raise UsageError(
             "a global ranking gives every group its own width",
