@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from secateur.report import structure, words
+from secateur.report import learning, structure, words
 
 _HASH = re.compile("[0-9a-f]{32,}")
 Sentence = tuple[str, str]
@@ -35,6 +35,7 @@ def verdicts(result: dict[str, Any]) -> list[Sentence]:
     return [
         *_delivered(result),
         *_quality(result),
+        *learning.verdict(result),
         *_recovery(result),
         *_bytes(result),
         *_speed(result),

@@ -14,7 +14,15 @@ import yaml
 from markupsafe import Markup
 
 from secateur.files import finite, write_json, write_text
-from secateur.report import allocation_charts, facts, figures, search_chart, structure, words
+from secateur.report import (
+    allocation_charts,
+    facts,
+    figures,
+    learning,
+    search_chart,
+    structure,
+    words,
+)
 
 
 def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
@@ -41,11 +49,15 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
         "protocol": facts.facts((result.get("quality") or {}).get("protocol")),
         "calibration": facts.facts(result.get("calibration")),
         "recovery": facts.recovery(result),
+        "learning": learning.facts(result),
         "fingerprint": facts.plain((result.get("model") or {}).get("fingerprint")),
         "machine": facts.facts(result.get("machine")),
         "figures": {
             "quality": figures.quality_chart(result),
             "recovery": figures.recovery_chart(result),
+            "learned": learning.quality_chart(result),
+            "learning": learning.loss_chart(result),
+            "movement": learning.movement_chart(result),
             "errors": figures.error_chart(result),
             "sparsity": figures.sparsity_chart(result),
             "allocation": allocation_charts.of_run(result),
@@ -143,6 +155,7 @@ def _environment(html: bool) -> jinja2.Environment:
 _PARTS: dict[str, Any] = dict.fromkeys(
     (
         "secateur", "command", "recipe", "created", "modules", "blocks", "totals", "quality", "recovery",
+        "learning",
         "size", "speed", "timing", "memory_peak", "machine", "notes", "calibration", "verified",
     )
 ) | {"model": {"name": None, "parameters": None, "fingerprint": None}}  # fmt: skip

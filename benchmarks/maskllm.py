@@ -1,0 +1,188 @@
+"""Learned 2:4 masks against one-shot masks on stories260k: perplexity, groups changed, time.
+
+python -m benchmarks.maskllm                      # every cell, three seeds; resumes cell by cell
+python -m benchmarks.maskllm --steps 100 --seeds 0
+python -m benchmarks.maskllm --speed              # one step against plain fine-tuning
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import secateur
+from benchmarks.common import RESULTS, alternate, arguments, finish, ratio, spread
+from benchmarks.stories import sampled_windows, stories_folder
+from secateur.files import write_json
+from secateur.kernels import candidate_mix
+from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
+from secateur.models.anatomy import ModelView
+from secateur.models.loading import load
+from secateur.training.loop import Batch, next_token_loss
+from secateur.training.maskllm import LearnedMasks, Learning
+
+ONE_SHOT: dict[str, dict[str, Any]] = {
+    "random": {"method": "random"},
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda"},
+    "sparsegpt, mask only": {"method": "sparsegpt", "update": "none", "propagate": "dense"},
+    "sparsegpt, weights updated": {"method": "sparsegpt"},
+    "sparsegpt, best": {"quality": "best"},
+}
+LEARNED: dict[str, dict[str, Any]] = {
+    "maskllm, sparsegpt prior": {},
+    "maskllm, magnitude prior": {"prior": "magnitude"},
+    "maskllm, wanda prior": {"prior": "wanda"},
+    "maskllm, no prior": {"prior": "none"},
+    "maskllm, kappa 1": {"kappa": (1.0, 1.0)},
+    "maskllm, kappa 1e5": {"kappa": (1e5, 1e5)},
+    "maskllm, a quarter of the steps": {"steps": 0.25},
+}
+WINDOWS, LENGTH = 1024, 256
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    """exp of the mean token cross-entropy over (N, L) windows."""
+    losses = [float(next_token_loss(model, Batch(part))) for part in ids.split(32)]
+    return float(torch.tensor(losses).mean().exp())
+
+
+def cell(name: str, seed: int, steps: int) -> dict[str, Any]:
+    """One mask: its perplexity on held-out text, and how it was come by."""
+    model = load(str(stories_folder())).model
+    held = sampled_windows(256, 1000, LENGTH)
+    train = sampled_windows(WINDOWS, 2000 + seed, LENGTH)
+    settings: dict[str, Any] = {"sparsity": "2:4", "seed": seed, "length": LENGTH, "samples": 64}
+    if name == "dense":
+        return {"perplexity": perplexity(model, held)}
+    if name in ONE_SHOT:
+        settings |= {"calibration": train[:64], **ONE_SHOT[name]}
+        result = secateur.prune(model, **settings)
+        return {"perplexity": perplexity(result.model, held)}  # type: ignore[arg-type]
+    options = {"steps": steps, "batch": 8, "seed": seed, "validate_every": max(1, steps // 8)}
+    changes = dict(LEARNED[name])
+    share = changes.pop("steps", 1.0)
+    options |= {**changes, "steps": max(1, round(steps * share))}
+    result = secateur.prune(model, method="maskllm", options=options, calibration=train, **settings)
+    learning = result.report["learning"]
+    return {
+        "perplexity": perplexity(result.model, held),  # type: ignore[arg-type]
+        "changed": learning["changed"],
+        "seconds": learning["seconds"],
+        "validations": learning["validations"],
+        "moved": learning["moved"][:: max(1, len(learning["moved"]) // 20)],
+    }
+
+
+def grid(seeds: list[int], steps: int) -> dict[str, Any]:
+    """All cells; those already measured under the same steps are read."""
+    path = RESULTS / "maskllm_cells.json"
+    cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for seed in seeds:
+        for name in ["dense", *ONE_SHOT, *LEARNED]:
+            key = f"{name} / seed {seed}" + ("" if name not in LEARNED else f" / {steps} steps")
+            if key not in cells:
+                cells[key] = cell(name, seed, steps)
+                write_json(path, cells)
+                print(f"{key}: {cells[key]['perplexity']:.3f}", flush=True)
+    table = {}
+    for name in ["dense", *ONE_SHOT, *LEARNED]:
+        found = [c for k, c in cells.items() if k.startswith(f"{name} / ")]
+        values = [c["perplexity"] for c in found]
+        table[name] = {"median": statistics.median(values), "each": values}
+        if "changed" in found[0]:
+            table[name]["changed"] = statistics.median(c["changed"] for c in found)
+            table[name]["seconds"] = statistics.median(c["seconds"] for c in found)
+    return {"steps": steps, "seeds": seeds, "table": table}
+
+
+def speed(rounds: int) -> dict[str, Any]:
+    """A step of learning against one of plain fine-tuning, and the fused mixture against torch's."""
+    ids = sampled_windows(8, 1, LENGTH)
+
+    def step_of(learned: bool) -> Callable[[], None]:
+        model = load(str(stories_folder())).model
+        masks = None
+        if learned:
+            view = ModelView.of(model)
+            patterns = {m.name: (2, 4) for m in view.matrices()}
+            masks = LearnedMasks.attach(view, patterns, Learning())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+        def step() -> None:
+            for number, module in enumerate(masks.modules.values() if masks else ()):
+                module.draw = Learning().draw(0.5, key_of(number))
+            next_token_loss(model, Batch(ids)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        return step
+
+    seconds = alternate({"plain": step_of(False), "learned": step_of(True)}, rounds)
+    mix, groups = CandidateMix(2, 4), 1 << 18
+    weight, grad = torch.randn(groups, 4), torch.randn(groups, 4)
+    logits, draw = torch.randn(groups, 6) * 0.01, Draw(key_of(1), 200.0, 2.0)
+
+    def both(fused: bool) -> Callable[[], None]:
+        def run() -> None:
+            kept = candidate_mix._compiled
+            if not fused:
+                candidate_mix._compiled = lambda: None  # type: ignore[assignment]
+            try:
+                mix.masked(weight, logits, draw)
+                mix.backward(weight, logits, grad, 0.0, draw)
+            finally:
+                candidate_mix._compiled = kept  # type: ignore[assignment]
+
+        run()
+        return run
+
+    kernels = alternate({"fused": both(True), "torch": both(False)}, rounds)
+    per_group = {k: spread([s / groups * 1e9 for s in v], 1) for k, v in kernels.items()}
+    return {
+        "step": {
+            "times_plain_fine_tuning": ratio(seconds["learned"], seconds["plain"]),
+            "seconds": {k: spread(v) for k, v in seconds.items()},
+        },
+        "mixture": {
+            "nanoseconds_a_group_forward_and_backward": per_group,
+            "times_faster": ratio(kernels["torch"], kernels["fused"]),
+        },
+        "bytes_a_weight": {"logits, gradient, two moments": 24, "kept for backward": 0},
+    }
+
+
+def main() -> None:
+    """The grid, or the speed."""
+    parser = arguments(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--rounds", type=int, default=9)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    try:
+        import numba
+
+        numba.set_num_threads(1)
+    except ImportError:
+        pass
+    if given.speed:
+        finish("maskllm_speed", speed(given.rounds), given.json)
+        return
+    record = grid(given.seeds, given.steps)
+    for name, row in record["table"].items():
+        print(f"{name:34} {row['median']:9.3f}  {row.get('changed', float('nan')):.1%}")
+    finish("maskllm", record, given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""Learned masks: what starts them, what their gradient is, what they find, and that they resume."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import secateur
+from secateur.data.windows import Windows
+from secateur.errors import UsageError
+from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
+from secateur.masks.selection import select
+from secateur.masks.target import Cut, Scope, Target
+from secateur.methods.maskllm import MaskLLM
+from secateur.models.anatomy import Matrix, ModelView
+from secateur.models.mask_file import MaskFile
+from secateur.models.tiny import tiny_model, tiny_tokenizer
+from secateur.training.loop import fit
+from secateur.training.maskllm import Gated, LearnedMasks, Learning, bytes_per_weight, first_logits
+from secateur.training.settings import TrainSettings
+
+IDS = torch.randint(4, 260, (24, 24), generator=torch.Generator().manual_seed(5))
+TARGET = Target.parse("2:4")
+
+
+def magnitude_masks(view):
+    cut = {m.name: Cut.of(m.shape, TARGET, Scope("row")) for m in view.matrices()}
+    return {m.name: select(m.tensor().abs(), cut[m.name]) for m in view.matrices()}
+
+
+def attached(model, options=None, prior=None, pattern=(2, 4)):
+    view = ModelView.of(model)
+    patterns = {m.name: pattern for m in view.matrices()}
+    return LearnedMasks.attach(view, patterns, options or Learning(), prior)
+
+
+def settings(**changes):
+    return TrainSettings(
+        **{"steps": 6, "lr": 5e-3, "batch": 4, "schedule": "cosine", "warmup": 0.0, **changes}
+    )
+
+
+# -- the start ---------------------------------------------------------------------------------
+
+
+def test_the_prior_is_the_likeliest_mask_of_945_groups_in_a_thousand():
+    matrix = Matrix("w", nn.Linear(1024, 1024, bias=False))
+    mix = CandidateMix(2, 4)
+    mask = select(matrix.tensor().abs(), Cut.of(matrix.shape, TARGET, Scope("row")))
+    generator = torch.Generator().manual_seed(0)
+    shares = {}
+    for alpha in (3.0, 5.0, 0.0):
+        logits = first_logits(matrix, mix, Learning(alpha=alpha), mask, generator)
+        chosen = mix.choose(logits).view_as(mask)
+        shares[alpha] = 1 - float((chosen != mask).view(-1, 4).any(-1).float().mean())
+    assert abs(shares[3.0] - 0.945) < 0.003
+    assert shares[5.0] > 0.998
+    assert abs(shares[0.0] - 1 / 6) < 0.005
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_forward_without_a_draw_is_the_masked_model(family):
+    model = tiny_model(family).eval()
+    masks = attached(model)
+    with torch.no_grad():
+        under = model(input_ids=IDS).logits
+    learned = masks.detach()
+    for matrix in ModelView.of(model).matrices():
+        matrix.write(matrix.tensor().masked_fill(learned[matrix.name], 0))
+    with torch.no_grad():
+        assert torch.allclose(under, model(input_ids=IDS).logits, atol=1e-5)
+
+
+def test_detaching_leaves_the_model_as_it_was():
+    model = tiny_model("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    with attached(model) as masks:
+        assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
+            "mask_logits"
+        }
+        fit(model, Windows(IDS), settings(), loss=masks.loss(), hooks=[masks])
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+# -- the gradient --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_layers_gradients_are_autograds(transposed):
+    torch.manual_seed(2)
+    layer = nn.Linear(8, 6)
+    if transposed:
+        layer.weight = nn.Parameter(layer.weight.detach().T.contiguous())
+    mix = CandidateMix(2, 4)
+    gated = Gated(layer, mix, torch.randn(12, 6) * 0.01, transposed)
+    gated.requires_grad_(True)
+    gated.draw = Draw(key_of(3), 100.0, 2.0)
+    x = torch.randn(5, 3, 8, requires_grad=True)
+    target = torch.randn(5, 3, 6)
+    loss = (gated(x) * target).sum() - 0.1 * gated.square
+    got = torch.autograd.grad(loss, [x, gated.mask_logits])
+
+    from secateur.kernels.candidate_mix import probabilities
+
+    logits = gated.mask_logits.detach().clone().requires_grad_()
+    mixed = (probabilities(logits, gated.draw) @ mix.patterns.float()).view(6, 8)
+    weight = gated.dense() * mixed
+    again = (torch.nn.functional.linear(x, weight, layer.bias) * target).sum()
+    wanted = torch.autograd.grad(again - 0.1 * weight.square().sum(), [x, logits])
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+# -- what it finds -------------------------------------------------------------------------------
+
+
+def test_a_small_problem_is_solved_to_the_optimum():
+    # One linear layer, four groups: all 6^4 masks can be tried.
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(1, 16, generator=generator)
+    mixing = torch.randn(16, 16, generator=generator)  # correlated inputs: magnitude is misled
+    x = torch.randn(256, 16, generator=generator) @ mixing
+    wanted = x @ weight.T
+
+    def error(mask):
+        return float((x @ weight.masked_fill(mask, 0).T - wanted).square().mean())
+
+    patterns = ~CandidateMix(2, 4).patterns
+    every = [
+        torch.cat([patterns[i] for i in choice])[None]
+        for choice in itertools.product(range(6), repeat=4)
+    ]
+    best = min(error(mask) for mask in every)
+    magnitude = select(weight.abs(), Cut.of((1, 16), TARGET, Scope("row")))
+    layer = nn.Linear(16, 1, bias=False)
+    layer.weight = nn.Parameter(weight)
+    gated = Gated(layer, CandidateMix(2, 4), torch.randn(4, 6, generator=generator) * 0.01, False)
+    layer.requires_grad_(False)
+    optimizer = torch.optim.Adam([gated.mask_logits], lr=5e-3)
+    options, steps = Learning(), 400
+    for step in range(steps):
+        gated.draw = options.draw(step / steps, key_of(0, step))
+        loss = (gated(x) - wanted).square().mean() / wanted.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert error(gated.mask()) <= 1.01 * best
+    assert error(gated.mask()) < error(magnitude)
+
+
+def test_rewarding_large_weights_alone_finds_magnitude():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
+    gated = Gated(layer, CandidateMix(2, 4), torch.randn(512, 6) * 0.01, False)
+    optimizer = torch.optim.Adam([gated.mask_logits], lr=2e-3)
+    for step in range(300):
+        gated.draw = Learning().draw(0.0, key_of(1, step))
+        gated(torch.zeros(1, 64))
+        optimizer.zero_grad()
+        (-gated.square).backward()
+        optimizer.step()
+    wanted = select(layer.weight.abs(), Cut.of((32, 64), TARGET, Scope("row")))
+    differs = (gated.mask() != wanted).view(-1, 4).any(-1)
+    ordered = layer.weight.abs().view(-1, 4).sort(-1).values
+    gap = 1 - ordered[:, 1] / ordered[:, 2]  # how clearly the second largest beats the third
+    assert float(differs.float().mean()) < 0.2
+    assert float(differs[gap > 0.3].float().mean()) < 0.02  # the others are near-ties
+
+
+@pytest.mark.parametrize(("pattern", "options"), [((4, 8), Learning()), ((8, 16), Learning())])
+def test_wider_groups_keep_n_of_m(pattern, options):
+    model = tiny_model("llama")
+    masks = attached(model, options, pattern=pattern)
+    fit(model, Windows(IDS), settings(steps=2), loss=masks.loss(), hooks=[masks])
+    for mask in masks.detach().values():
+        kept = (~mask).view(mask.shape[0], -1, pattern[1]).sum(-1)
+        assert bool((kept == pattern[0]).all())
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_learning_goes_on_as_if_it_had_not_been(tmp_path):
+    def learn(folder, steps_now=None):
+        model = tiny_model("llama")
+        masks = attached(model)
+        if steps_now is not None:
+            step = type(masks).after_step
+
+            def stop(at):
+                step(masks, at)
+                if at.step == steps_now:
+                    raise KeyboardInterrupt
+
+            masks.after_step = stop
+        fitted = fit(
+            model, Windows(IDS), settings(checkpoint_every=1), loss=masks.loss(), hooks=[masks],
+            folder=folder,
+        )  # fmt: skip
+        return fitted.losses, masks.moved, masks.detach()
+
+    whole = learn(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "cut", steps_now=3)
+    again = learn(tmp_path / "cut")
+    assert again[0] == whole[0]
+    assert again[1] == whole[1]
+    assert all(torch.equal(again[2][name], mask) for name, mask in whole[2].items())
+
+
+def test_recomputing_activations_gives_the_same_gradients():
+    def gradients(recompute):
+        model = tiny_model("llama").train()
+        masks = attached(model)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for number, module in enumerate(masks.modules.values()):
+            module.draw = Learning().draw(0.1, key_of(number))
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        return [m.mask_logits.grad for m in masks.modules.values()]
+
+    for once, twice in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(once, twice)
+
+
+def test_the_teacher_is_the_dense_model_and_leaves_the_logits_trainable():
+    model = tiny_model("llama").eval()
+    with torch.no_grad():
+        dense = model(input_ids=IDS).logits
+    masks = attached(model)
+    teacher = masks.teacher().eval().requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(teacher(input_ids=IDS).logits, dense)
+        assert not torch.equal(model(input_ids=IDS).logits, dense)
+    assert all(m.mask_logits.requires_grad for m in masks.modules.values())
+
+
+def test_memory_is_what_the_paper_counts():
+    assert bytes_per_weight(2, 4, Learning()) == 24
+    assert bytes_per_weight(1, 4, Learning()) == 16
+    assert bytes_per_weight(2, 4, Learning(), "sgd") == 18
+    assert bytes_per_weight(8, 16, Learning()) == 16
+
+
+# -- in a run ------------------------------------------------------------------------------------
+
+RUN = {
+    "method": "maskllm",
+    "sparsity": "2:4",
+    "samples": 4,
+    "length": 24,
+    "evaluation": {"windows": 2, "length": 32, "speed": False},
+}
+OPTIONS = {"prior": "wanda", "steps": 4, "batch": 2, "validate_every": 2}
+
+
+def test_a_run_learns_saves_and_reports(tmp_path):
+    result = secateur.prune("tiny", options=OPTIONS | {"distil": 0.5}, out=tmp_path / "run", **RUN)
+    learning = result.report["learning"]
+    assert learning["prior"]["quality"]["pruned"]["perplexity"] > 0
+    assert len(learning["validations"]) == 3
+    file = MaskFile(tmp_path / "run" / "learned.mask")
+    assert file.target == TARGET
+    assert all(torch.equal(file[name], result.masks[name]) for name in result.masks)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The learned mask" in page
+    # The mask file, put on the dense model, is the run's model.
+    from secateur.models.loading import load
+
+    dense = load("tiny", dtype="float32").model
+    kind = next(result.model.parameters()).dtype
+    masked = secateur.apply_mask(dense.to(kind), tmp_path / "run" / "learned.mask")
+    with torch.no_grad():
+        assert torch.allclose(
+            masked(input_ids=IDS).logits, result.model(input_ids=IDS).logits, atol=1e-5
+        )
+    again = secateur.prune("tiny", options=OPTIONS | {"distil": 0.5}, out=tmp_path / "run", **RUN)
+    assert again.report["quality"] == result.report["quality"]
+
+
+def test_a_run_from_another_mask_and_from_none(tmp_path):
+    first = secateur.prune("tiny", **{**RUN, "method": "magnitude"}, out=tmp_path / "first")
+    second = secateur.prune(
+        "tiny", options=OPTIONS | {"prior": str(tmp_path / "first"), "alpha": 9.0, "steps": 1},
+        **RUN,
+    )  # fmt: skip
+    same = [torch.equal(second.masks[n], first.masks[n]) for n in first.masks]
+    assert all(same)  # alpha 9 and one step: nothing can have moved
+    free = secateur.prune("tiny", options=OPTIONS | {"prior": "none", "steps": 1}, **RUN)
+    assert free.report["learning"]["prior"]["quality"] is None
+
+
+def test_fused_experts_are_masked_though_not_learned():
+    model = tiny_model("mixtral")
+    result = secateur.prune(
+        model, tiny_tokenizer(), options=OPTIONS, calibration=IDS,
+        **{**RUN, "evaluation": None},
+    )  # fmt: skip
+    assert all((m.view(m.shape[0], -1, 4).sum(-1) == 2).all() for m in result.masks.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"sparsity": 0.5}, "sparsity"),
+        ({"update": "exact"}, "update"),
+        ({"options": {"prior": "nothing"}}, "prior"),
+        ({"options": {"prior": "slimgpt"}}, "prior"),
+        ({"options": {"tau": (0.0, 1.0)}}, "tau"),
+        ({"options": {"init_std": 0.0}}, "init_std"),
+        ({"options": {"distil": 2.0}}, "distil"),
+        ({"options": {"steps": 0}}, "steps"),
+        ({"options": {"logits": "patterns"}, "sparsity": "8:16"}, "logits"),
+        ({"sparsity": "5:9"}, "sparsity"),
+    ],
+)
+def test_bad_input_is_told(change, field, tmp_path):
+    values = RUN | {"options": OPTIONS} | change
+    values["options"] = OPTIONS | values["options"]
+    with pytest.raises(UsageError) as caught:
+        secateur.prune("tiny", out=tmp_path / "run", **values)
+    assert caught.value.field == field
+    assert not (tmp_path / "run" / "model.safetensors.index.json").exists()
