@@ -12,7 +12,6 @@ from secateur.errors import UsageError
 from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
 from secateur.masks.selection import select
 from secateur.masks.target import Cut, Scope, Target
-from secateur.methods.maskllm import MaskLLM
 from secateur.models.anatomy import Matrix, ModelView
 from secateur.models.mask_file import MaskFile
 from secateur.models.tiny import tiny_model, tiny_tokenizer
