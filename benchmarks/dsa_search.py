@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import secateur
 from benchmarks.common import RESULTS, alternate, arguments, finish, ratio, spread, verdict
 from benchmarks.stories import sampled_windows, stories_folder
 from secateur.allocation import allocators
@@ -36,6 +35,7 @@ from secateur.models.loading import load
 from secateur.recipe import Recipe
 from secateur.run.plan_search import search_plan
 from secateur.run.planning import problem_of
+from secateur.run.runner import execute
 from secateur.run.session import Session, prepare
 from secateur.run.trial_of import search_windows, sorted_scores
 from secateur.run.trials import Trials
@@ -236,12 +236,8 @@ def real_search(stories: str, budget: int, seeds: int) -> dict[str, Any]:
                     ("published", published),
                 ):
                     evaluation = {**recipe["evaluation"], "text": str(text), "speed": False}
-                    result = secateur.prune(
-                        stories,
-                        **{**recipe, "model": None, "calibration": recipe["calibration"]["text"]}
-                        | {"samples": 32, "length": 128, "seed": seed, "evaluation": evaluation,
-                           "allocation": allocation},
-                    )  # fmt: skip
+                    changes = {"allocation": allocation, "evaluation": evaluation}
+                    result = execute(Recipe.build({**recipe, **changes}))
                     value = result.report["quality"]["pruned"]["perplexity"]
                     row["perplexity"][label][where] = round(value, 3)
                     row["dense"] = row.get("dense", {}) | {
