@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import torch
+
 from secateur.lottery.construction import Construction
 from secateur.lottery.copies import CopyTicket
 from secateur.lottery.experiments.base import Experiment, Table, fit_line, powers
@@ -19,6 +22,7 @@ from secateur.lottery.experiments.sized import SizedLog
 from secateur.lottery.log_ticket import PoolKind
 from secateur.lottery.network import TargetNetwork
 from secateur.lottery.reading import from_module
+from secateur.lottery.search_torch import best_subset
 from secateur.lottery.subset_sum import MOST, SubsetSumTicket
 from secateur.lottery.targets import he_mlp
 from secateur.progress import Progress
@@ -49,6 +53,7 @@ def run(quick: bool, seed: int, progress: Progress) -> Experiment:
                         points[-1]["bound"] = sized.neurons / target.weights
                 advance(1)
             results.append({"name": name, "points": points, **_fits(points)})
+    sixteen = _sixteen(seeds, 200 if quick else 2000)
     return Experiment(
         "Random neurons per weight that a whole network needs, per layout",
         tuple(
@@ -57,13 +62,45 @@ def run(quick: bool, seed: int, progress: Progress) -> Experiment:
             f"R² {r['linear_in_log']['r_squared']:.3f}"
             for r in results
         ),
-        (_table(results),),
+        (_table(results), _sixteen_table(sixteen)),
         {"pools": _chart(results)},
         {
             "target": f"he:{'-'.join(map(str, SIZES))}",
             "seeds": len(seeds),
             "constructions": results,
+            "best_of_16_products": sixteen,
         },
+    )
+
+
+def _sixteen(seeds: range, weights: int) -> list[dict[str, Any]]:
+    """Errors of the best subset of 16 products U(0, 1) U(-1, 1), for weights U(-h, h)."""
+    rows = []
+    for half in (0.1, 0.25, 0.5, 1.0):
+        medians, tails = [], []
+        for seed in seeds:
+            rng = np.random.default_rng(seed)
+            products = rng.uniform(0, 1, (weights, 16)) * rng.uniform(-1, 1, (weights, 16))
+            wanted = torch.from_numpy(rng.uniform(-half, half, weights))
+            _, rest = best_subset(wanted, torch.from_numpy(products))
+            medians.append(float(rest.abs().median()))
+            tails.append(float(rest.abs().quantile(0.95)))
+        rows.append({"half_width": half, "median": medians, "p95": tails})
+    return rows
+
+
+def _sixteen_table(rows: list[dict[str, Any]]) -> Table:
+    return Table(
+        "Error of the best subset of 16 products, per seed from smallest to largest",
+        ("weights uniform on", "median", "95 % point"),
+        tuple(
+            (
+                f"[-{r['half_width']:g}, {r['half_width']:g}]",
+                f"{min(r['median']):.2g} to {max(r['median']):.2g}",
+                f"{min(r['p95']):.2g} to {max(r['p95']):.2g}",
+            )
+            for r in rows
+        ),
     )
 
 
