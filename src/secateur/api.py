@@ -12,12 +12,13 @@ from secateur.allocation.plan import Plan
 from secateur.models.checks import fingerprint_model
 from secateur.models.loading import Loaded
 from secateur.progress import SILENT, Progress
-from secateur.recipe import Evaluation, Recipe
+from secateur.recipe import Evaluation, Recipe, Recovery, build_part
 from secateur.run.allocating import allocate_plan
 from secateur.run.evaluate import evaluate_model as evaluate
+from secateur.run.recovering import recover_model
 from secateur.run.runner import Result, execute
 
-__all__ = ["allocate", "evaluate", "prune"]
+__all__ = ["allocate", "evaluate", "prune", "recover"]
 
 
 def prune(
@@ -149,6 +150,79 @@ def allocate(
         calibration=None if isinstance(calibration, str | Path) else calibration,
         evidence=None if evidence is None else Path(evidence),
         progress=progress,
+    )
+
+
+def recover(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    masks: Mapping[str, Any] | str | Path | None = None,
+    mask_from_zeros: bool = False,
+    no_mask: bool = False,
+    method: str = "perp",
+    text: Any = "pydoc",
+    dense: str | Path | nn.Module | None = None,
+    evaluation: str | Mapping[str, Any] | Evaluation | None = None,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> Result:
+    """Train a part of a model that was cut before, keeping its zeros.
+
+    Args:
+        model: a run's folder (its masks are used), another folder or hub id, or a transformers
+            model in memory, which is then trained in place.
+        tokenizer: needed with a model in memory, unless ``text`` is tokens already.
+        masks: matrix name -> bool, True where the weight is gone (``Result.masks``), or a
+            mask file.
+        mask_from_zeros: what is zero now must stay zero.
+        no_mask: nothing has to (after structured cuts).
+        method: ``perp``, ``full``, ``imp``, ``reconstruct``, or an adapter such as ``mask-lora``.
+        text: file, named corpus, texts, or token windows to train on.
+        dense: the model it was cut from: compared with, and learnt from by ``reconstruct`` and
+            ``distil``.
+        evaluation: as for ``prune``.
+        out: folder to write (resumable, with report); None keeps everything in memory.
+        **settings: any other field of ``secateur.recipe.Recovery`` (``train``, ``steps``, ``lr`` ...).
+
+    Returns:
+        The recovered model, its masks and the report.
+
+    Raises:
+        SecateurError: naming field, value and fix.
+
+    Examples:
+        >>> import secateur
+        >>> cut = secateur.prune("tiny", sparsity=0.5, samples=4, length=64)
+        >>> mended = secateur.recover(
+        ...     cut.model, cut.tokenizer, masks=cut.masks, steps=2, length=64, train=["norms"]
+        ... )
+        >>> mended.report["recovery"]["zeros"] == cut.report["totals"]["zeros"]
+        True
+    """
+    named = isinstance(text, str | Path)
+    values = {"method": method, **({"text": str(text)} if named else {}), **settings}
+    measured = {"text": evaluation} if isinstance(evaluation, str) else evaluation
+    if measured is not None and not isinstance(measured, Evaluation):
+        measured = build_part(Evaluation, "evaluation", dict(measured))
+    source: Any = str(model) if isinstance(model, str | Path) else None
+    if isinstance(model, nn.Module):
+        source = Loaded(model, tokenizer, None, _name(model), fingerprint_model(model))
+    return recover_model(
+        source,
+        build_part(Recovery, "recovery", values),
+        out=None if out is None else Path(out),
+        masks=Path(masks) if isinstance(masks, str | Path) else masks,
+        mask_from_zeros=mask_from_zeros,
+        no_mask=no_mask,
+        dense=str(dense) if isinstance(dense, str | Path) else dense,
+        evaluation=measured,
+        text=None if named else text,
+        fresh=fresh,
+        progress=progress,
+        command="secateur.recover(...)",
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -30,6 +30,11 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """What the YAML says, with ``2:4`` and ``64:8`` as written."""
+    return yaml.load(text, Loader=_Loader)
 
 
 class _Part(BaseModel):
@@ -305,7 +310,32 @@ class Recipe(_Part):
                 value="dense",
                 fix="use propagate: pruned",
             )
+        if self.recovery is not None:
+            self._recovery_fits(self.recovery)
         return self
+
+    def _recovery_fits(self, recovery: Recovery) -> None:
+        if self.stream:
+            raise UsageError(
+                "a streamed model is never in memory as a whole, so it cannot be trained",
+                field="recovery",
+                value=recovery.method,
+                fix="drop --stream, or recover the finished folder on a larger machine",
+            )
+        if recovery.rounds > 1 and self.target.is_pattern:
+            raise UsageError(
+                "an N:M pattern is reached in one cut",
+                field="recovery.cycles",
+                value=recovery.rounds,
+                fix="cycles: 1",
+            )
+        if recovery.rounds > 1 and self.allocator[0].endswith(".json"):
+            raise UsageError(
+                "a saved plan is one cut",
+                field="recovery.cycles",
+                value=recovery.rounds,
+                fix="cycles: 1, or an allocation by name",
+            )
 
     @property
     def allocator(self) -> tuple[str, dict[str, Any]]:
@@ -331,7 +361,7 @@ class Recipe(_Part):
     def load(cls, path: Path, **override: Any) -> Recipe:
         """Read a YAML recipe; ``override`` replaces top-level keys."""
         try:
-            values = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+            values = read_yaml(path.read_text("utf-8"))
         except OSError as error:
             raise UsageError(
                 f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)
@@ -351,6 +381,17 @@ class Recipe(_Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+P = TypeVar("P", bound=_Part)
+
+
+def build_part(kind: type[P], name: str, values: dict[str, Any]) -> P:
+    """One part of a recipe by itself; problems are named as they would be inside the recipe."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _readable(error, name) from None
+
+
 _PARTS: dict[str, type[_Part]] = {
     "calibration": Calibration,
     "evaluation": Evaluation,
@@ -366,9 +407,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _readable(error: ValidationError) -> UsageError:
+def _readable(error: ValidationError, inside: str | None = None) -> UsageError:
     first = error.errors()[0]
-    path = [str(p) for p in first["loc"] if p not in ("float", "str", "dict[str,any]")]
+    path = [inside] if inside else []
+    path += [str(p) for p in first["loc"] if p not in ("float", "str", "dict[str,any]")]
     field = ".".join(path) or "recipe"
     if first["type"] == "extra_forbidden":
         part: type[_Part] = Recipe

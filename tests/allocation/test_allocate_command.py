@@ -99,3 +99,13 @@ def test_the_allocators_are_listed(capsys):
     assert rows["uniform"]["needs"] == []
     assert main(["allocators"]) == 0
     assert "min_sparsity" in capsys.readouterr().out
+
+
+def test_methods_with_allocators_are_compared(tmp_path, capsys):
+    out = tmp_path / "table"
+    words = ["compare", "tiny", "-m", "magnitude,magnitude@als,wanda@incremental", "-s", "0.7"]
+    small = ["--eval-length", "64", "--eval-windows", "4", *SMALL]
+    assert main([*words, *small, "--out", str(out), "--json"]) == 0
+    found = told(capsys)["perplexity"]
+    assert list(found) == ["magnitude", "magnitude@als", "wanda@incremental"]
+    assert found["magnitude"]["0.7"] != found["magnitude@als"]["0.7"]

@@ -63,6 +63,18 @@ def test_every_method_follows_an_uneven_plan(method, sparsity):
         assert len(kept) > 1
 
 
+def test_an_uneven_plan_foretells_no_2_4_storage(tiny_folder, tmp_path):
+    """Half of its matrices keep one or three of four, which no 2:4 kernel can store."""
+    settings = {**SETTINGS, "sparsity": "2:4", "method": "magnitude"}
+    model = str(tiny_folder("llama"))
+    even = secateur.prune(model, out=tmp_path / "even", **settings)
+    steep = {"name": "incremental", "width": 0.6, "shape": "linear"}
+    odd = secateur.prune(model, out=tmp_path / "odd", allocation=steep, **settings)
+    assert len({m["scope"] for m in _modules(odd)}) > 1
+    assert even.report["size"]["disk"]["semi_structured"]
+    assert not odd.report["size"]["disk"].get("semi_structured")
+
+
 def _modules(result):
     return result.report["modules"]
 
@@ -75,6 +87,17 @@ def test_a_streamed_run_plans_the_same(tiny_folder, tmp_path, name):
     secateur.prune(model, out=tmp_path / "streamed", stream=True, **settings)
     whole, streamed = plan_of(tmp_path / "whole"), plan_of(tmp_path / "streamed")
     assert whole.ratios == pytest.approx(streamed.ratios, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("feature", ["output", "gate"])
+def test_als_compares_other_activations_too(family, feature):
+    allocation = {"name": "als", "feature": feature, "mu": "global", "component_feature": "input"}
+    plan = secateur.allocate(
+        tiny_model(family), tiny_tokenizer(), sparsity=0.5, allocation=allocation, **SETTINGS
+    )
+    assert plan.removed == Target(0.5).count(plan.elements)
+    assert len(set(plan.ratios.values())) > 1
 
 
 def test_mixtures_of_experts_are_planned_too():

@@ -14,7 +14,7 @@ import pytest
 from secateur.allocation import allocators
 from secateur.cli import main
 from secateur.methods import methods
-from secateur.recipe import Calibration, Evaluation, Recipe, Recovery, Search
+from secateur.recipe import Calibration, Evaluation, Recipe, Recovery, Search, Structure
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -74,7 +74,7 @@ def test_every_page_is_in_the_navigation():
     assert set(re.findall(r"([\w/-]+\.md)", nav)) == pages
 
 
-@pytest.mark.parametrize("part", [Recipe, Calibration, Evaluation, Recovery, Search])
+@pytest.mark.parametrize("part", [Recipe, Calibration, Evaluation, Recovery, Search, Structure])
 def test_every_key_of_a_recipe_is_documented(part):
     page = (ROOT / "docs" / "recipes.md").read_text()
     for name in part.model_fields:

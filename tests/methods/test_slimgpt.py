@@ -1,8 +1,11 @@
 """SlimGPT's decision for one group of units, as the run asks for it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from secateur.cli.common import read_options
 from secateur.errors import UsageError
 from secateur.evidence.statistics import InputMoments
 from secateur.methods.slimgpt import SlimGPT
@@ -72,6 +75,38 @@ def test_without_compensation_the_weights_are_left_alone():
     assert plain.notes["error"] > fitted.notes["error"]
 
 
+def test_a_bias_takes_over_the_mean_of_what_goes():
+    """Inputs far from zero: with the bias the outputs stay nearer than without."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(400, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    x += 4 * torch.randn(24, generator=generator)
+    moments = InputMoments(24, gram=True)
+    moments.update(x)
+    plain = problem_of(3)
+    bias = torch.randn(8, generator=generator)
+    problem = replace(plain, moments=moments, bias=bias)
+    target = x @ problem.weight.T + bias
+
+    def gap(found):
+        shift = bias if found.bias is None else found.bias
+        return float((x @ found.weight.T + shift - target).square().mean())
+
+    moved, kept = SlimGPT().decide(problem), SlimGPT(bias=False).decide(problem)
+    assert moved.weight.shape == problem.weight.shape
+    assert kept.bias is None
+    assert gap(moved) < 0.9 * gap(kept)
+
+    # An input that never varies is free: the bias carries it.
+    x[:, :4] = torch.tensor([5.0, -2.0, 1.0, 3.0])
+    moments = InputMoments(24, gram=True)
+    moments.update(x)
+    constant = replace(problem, moments=moments, count=1)
+    found = SlimGPT().decide(constant)
+    assert found.gone.nonzero().flatten().tolist() == [0]
+    assert torch.allclose(x @ found.weight.T + found.bias, x @ problem.weight.T + bias, atol=0.05)
+    assert SlimGPT(compensate=False).decide(problem).bias is None
+
+
 def test_local_search_does_not_lose():
     problem = problem_of(12, size=1, kind="ffn", seed=3)
     plain = SlimGPT(group_size=12).decide(problem)
@@ -108,3 +143,9 @@ def test_a_group_that_would_be_emptied_is_refused(size):
 def test_bad_options_name_the_option(option, value):
     with pytest.raises(UsageError, match=option):
         SlimGPT.with_options({option: value})
+
+
+def test_a_schedule_on_the_command_line_is_read_as_written():
+    """YAML 1.1 takes 64:8 for 64 x 60 + 8."""
+    options = read_options(["group_size=64:8", "compensate=false"])
+    assert SlimGPT.with_options(options) == SlimGPT(group_size="64:8", compensate=False)

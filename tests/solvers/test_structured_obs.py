@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import NumericsError, UsageError
-from secateur.solvers.groups import HEAD_SCORES, contiguous_groups, group_scores
+from secateur.solvers.groups import (
+    HEAD_SCORES,
+    centred,
+    contiguous_groups,
+    group_scores,
+)
 from secateur.solvers.obs import damp
 from secateur.solvers.schedules import batch_sizes
 from secateur.solvers.structured_obs import refit, remove_groups
@@ -372,6 +377,23 @@ def test_local_search_never_brings_a_gone_group_back():
     )
     assert bool(found.gone[first].all())
     assert int(found.gone.sum()) == 20
+
+
+def test_the_bias_takes_over_the_mean_of_what_goes():
+    """Equal to least squares with a constant input; better than leaving the bias alone."""
+    weight, _, x = problem(19, columns=12)
+    x = x + 3 * torch.randn(12, generator=torch.Generator().manual_seed(1)).double()
+    bias = torch.randn(6, generator=torch.Generator().manual_seed(2)).double()
+    moment, groups = x.T @ x / len(x), contiguous_groups(12, 2)
+    mean = x.mean(0)
+    found = remove_groups(weight, centred(moment, mean), groups, [1, 1], damping=1e-9)
+    moved = bias + (weight - found.weight) @ mean
+    target = x @ weight.T + bias
+    inputs = torch.cat([x[:, ~found.gone], torch.ones(len(x), 1).double()], 1)
+    best = inputs @ torch.linalg.lstsq(inputs, target).solution
+    assert torch.allclose(x @ found.weight.T + moved, best, atol=1e-5)
+    plain = refit(weight, moment, found.gone)
+    assert (best - target).square().sum() < 0.9 * (x @ plain.T + bias - target).square().sum()
 
 
 @pytest.mark.parametrize("batches", [[1] * 6, [4, 2], [6]])

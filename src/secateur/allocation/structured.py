@@ -78,7 +78,7 @@ def structured_counts(
     if uniform:
         taken = _uniform(free, costs, wanted, round_to, most)
     else:
-        names = {k: [f"{k}|{i}" for i in range(1)] for k in free}
+        names = {k: [k] for k in free}
         if ratios is not None and sizes is not None:
             names = {k: _matrices(g, sizes) or names[k] for k, g in free.items()}
         known = {n: (ratios or {}).get(n, share) for own in names.values() for n in own}

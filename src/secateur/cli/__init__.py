@@ -21,6 +21,7 @@ CLICK_ERROR: type[Any] = typer.BadParameter.__mro__[2]
 # In the order --help shows them; none imports torch before it is called.
 COMMANDS = (
     "prune",
+    "recover",
     "run",
     "plan",
     "evaluate",
@@ -28,6 +29,7 @@ COMMANDS = (
     "report",
     "verify",
     "why",
+    "heads",
     "export",
     "demo",
 )

@@ -1,7 +1,7 @@
 """Search how much to take from each block, by trying plans on a text never measured on.
 
-Writes found.json (a function of scores, for [cyan]--allocation dsa --allocation-option
-preset=DIR/found.json[/cyan] on this and other models), plan.json, search.json and search.svg.
+Writes found.json (a function of scores, for [cyan]--allocation dsa -A preset=DIR/found.json[/cyan]
+on this and other models), plan.json, search.json and search.svg.
 Run the same command again after a crash or Ctrl-C: it goes on where it stopped; with a larger
 --budget a finished search goes on too.
 
@@ -64,7 +64,11 @@ def command(
     option: common.Options = None,
     allocation_option: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE: lam, scores, min_sparsity, max_sparsity"),
+        typer.Option(
+            "--allocation-option",
+            "-A",
+            help="NAME=VALUE: lam, scores, min_sparsity, max_sparsity",
+        ),
     ] = None,
     include: common.Include = None,
     exclude: common.Exclude = None,
@@ -138,6 +142,6 @@ def _show(record: dict[str, Any], out: str) -> None:
     more = ", no new plan left" if record["exhausted"] else ""
     common.say(f"{tried} plans tried{more}; found as number {best['n'] + 1}")
     if record["space"] == "dsa":
-        common.say(f"use it     --allocation dsa --allocation-option preset={out}/found.json")
+        common.say(f"use it     --allocation dsa -A preset={out}/found.json")
     common.say(f"the plan   --allocation {out}/plan.json")
     common.say(f"drawn      {out}/search.svg")

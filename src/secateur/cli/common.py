@@ -51,6 +51,18 @@ Blocks = Annotated[str | None, typer.Option(help="path of the list of blocks, e.
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-O", help="method option, NAME=VALUE")
 ]
+RecoverWith = Annotated[
+    str | None,
+    typer.Option("--with", help="perp, full, imp, reconstruct, or an adapter such as mask-lora"),
+]
+Train = Annotated[
+    list[str] | None,
+    typer.Option(help="any of biases, norms, head, rescale, all and one adapter; by commas"),
+]
+RecoverSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-R", help="any other key of a recipe's recovery, NAME=VALUE"),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16")]
 Stream = Annotated[bool, typer.Option("--stream", help="hold one block's weights at a time")]
@@ -95,16 +107,25 @@ def read_options(pairs: list[str] | None) -> dict[str, Any] | None:
         return None
     import yaml
 
+    from secateur.recipe import read_yaml
+
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError("an option is NAME=VALUE", field="option", value=pair)
         try:
-            options[name] = yaml.safe_load(value)
+            options[name] = read_yaml(value)
         except yaml.YAMLError:
             raise UsageError("the value is not YAML", field=name, value=value) from None
     return options
+
+
+def names(lists: list[str] | None) -> list[str] | None:
+    """``["norms,biases", "head"]`` -> ``["norms", "biases", "head"]``."""
+    if not lists:
+        return None
+    return [name.strip() for part in lists for name in part.split(",") if name.strip()]
 
 
 def allocation(name: str | None, options: list[str] | None) -> str | dict[str, Any] | None:

@@ -7,6 +7,8 @@ The evidence is gathered once, on the dense model; then each method is minutes o
   secateur compare demo --methods magnitude,wanda,sparsegpt --sparsity 0.5,0.6,2:4 --out table
 
   secateur compare tiny --methods wanda,wanda+exact,sparsegpt,sparsegpt+best -s 0.5 -o table
+
+  secateur compare tiny --methods wanda,wanda@owl,wanda@als,wanda@incremental -s 0.6,0.7 -o table
 """
 
 from __future__ import annotations
@@ -24,9 +26,14 @@ def command(
     model: common.ModelArgument,
     out: common.Out,
     methods: Annotated[
-        str, typer.Option("--methods", "-m", help="comma-separated; METHOD+UPDATE is possible")
+        str,
+        typer.Option(
+            "--methods", "-m", help="comma-separated; also METHOD+UPDATE and METHOD@ALLOCATOR"
+        ),
     ] = "magnitude,wanda,sparsegpt",
     sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="comma-separated")] = "0.5",
+    allocation: common.Allocation = None,
+    allocation_option: common.AllocationOptions = None,
     calibration: common.CalibrationText = None,
     samples: common.Samples = None,
     length: common.Length = None,
@@ -47,7 +54,13 @@ def command(
 
     recipe = Recipe.build(
         {
-            **common.given(model=model, device=device, dtype=dtype, propagate=propagate),
+            **common.given(
+                model=model,
+                device=device,
+                dtype=dtype,
+                propagate=propagate,
+                allocation=common.allocation(allocation, allocation_option),
+            ),
             "calibration": common.given(
                 text=calibration, samples=samples, length=length, seed=seed
             ),

@@ -1,10 +1,12 @@
-"""Export a run's model: bitmask container, GGUF or 2:4, re-opened and compared.
+"""Export a run's model: bitmask container, GGUF, ONNX or 2:4, re-opened and compared.
 
 [bold]Examples[/bold]
 
   secateur export out --format bitmask --dtype bfloat16 --out out-bitmask
 
   secateur export out --format gguf --out model.gguf
+
+  secateur export out --format onnx --out model.onnx
 
   secateur export out --format 2:4                # measured on this GPU, or told why not
 """
@@ -23,7 +25,9 @@ NAME = "export"
 
 def command(
     folder: Annotated[Path, typer.Argument(help="a run's folder")],
-    format: Annotated[str, typer.Option("--format", "-f", help="bitmask, gguf or 2:4")] = "bitmask",
+    format: Annotated[
+        str, typer.Option("--format", "-f", help="bitmask, gguf, onnx or 2:4")
+    ] = "bitmask",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="file or folder to write")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32")] = None,
     as_json: common.Json = False,

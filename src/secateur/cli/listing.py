@@ -19,6 +19,7 @@ def methods_command(as_json: common.Json = False) -> None:
     from dataclasses import fields
 
     from secateur.methods import methods
+    from secateur.methods.structured_base import StructuredMethod
 
     rows: list[dict[str, Any]] = []
     for name in methods:
@@ -28,7 +29,7 @@ def methods_command(as_json: common.Json = False) -> None:
                 "name": name,
                 "summary": kind.summary,
                 "needs": sorted(kind().requirements()),
-                "scope": str(kind.scope),
+                "scope": "units" if issubclass(kind, StructuredMethod) else str(kind.scope),
                 "update": kind.update,
                 "options": {f.name: f.default for f in fields(kind)},
                 "paper": kind.paper,

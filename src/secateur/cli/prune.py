@@ -9,6 +9,8 @@ Run the same command again after a crash or Ctrl-C: it goes on where it stopped.
 
   secateur prune HuggingFaceTB/SmolLM2-360M --method wanda --sparsity 2:4 -c my.txt -o out
 
+  secateur prune demo --sparsity 2:4 --recover perp --train norms,mask-lora -R steps=200 -o out
+
   secateur prune demo --method unit-magnitude -s 0.25 -S kinds=[ffn] -S round_to=8 -o demo-ffn
 
   secateur prune ./llama-70b --quality best --sparsity 0.6 --stream --out llama-60
@@ -40,6 +42,12 @@ def command(
     samples: common.Samples = None,
     length: common.Length = None,
     seed: common.Seed = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(help="train after the cut: perp, full, imp, reconstruct, mask-lora ..."),
+    ] = None,
+    train: common.Train = None,
+    recover_setting: common.RecoverSettings = None,
     eval_text: Annotated[str | None, typer.Option(help="held-out text to measure on")] = None,
     eval_length: Annotated[int | None, typer.Option(help="tokens in an evaluation window")] = None,
     eval_windows: Annotated[int | None, typer.Option(help="how many windows")] = None,
@@ -108,6 +116,7 @@ def command(
                 text=calibration, samples=samples, length=length, seed=seed
             ),
             "evaluation": None if no_eval else evaluation,
+            **common.given(recovery=_recovery(recover, train, recover_setting)),
         }
     )
     result = execute(
@@ -119,6 +128,16 @@ def command(
         command=common.command_line(),
     )
     show(result.report, as_json)
+
+
+def _recovery(
+    method: str | None, train: list[str] | None, settings: list[str] | None
+) -> dict[str, Any] | None:
+    """The recipe's part, if any of its options is given."""
+    values = (common.read_options(settings) or {}) | common.given(
+        method=method, train=common.names(train)
+    )
+    return values or None
 
 
 def show(report: dict[str, Any], as_json: bool) -> None:
@@ -155,6 +174,10 @@ def show(report: dict[str, Any], as_json: bool) -> None:
             f"(KL {quality['kl']:.3f} nats, same top token {quality['top1_agreement']:.1%}; "
             f"protocol {quality['protocol']['digest']})"
         )
+    if report.get("recovery"):
+        from secateur.cli.recover import told
+
+        common.say(f"recovery    {told(report)}")
     if size:
         disk = size["disk"]
         bitmask = disk.get("bitmask")

@@ -48,6 +48,8 @@ class InputMoments:
     ``diagonal`` holds sum_t x_tj^2 and, when asked for, ``gram`` holds X^T X (d_in, d_in).
     Padded tokens are left out by giving ``keep``. Accumulated in float32 per batch.
 
+    ``total`` holds sum_t x_t (d_in,), beside ``gram`` only, and not where it was read from a store.
+
     ``cross``, if gathered, is X_dense^T X (d_in, d_in): the same tokens' inputs in the dense
     model against those in the model pruned so far.
     """
@@ -60,6 +62,7 @@ class InputMoments:
         self.gram: Tensor | None = (
             torch.zeros(features, features, dtype=torch.float32, device=device) if gram else None
         )
+        self.total: Tensor | None = torch.zeros(features, device=device) if gram else None
         self.cross: Tensor | None = None
         # (tokens, damping, factor): the last factor made from these sums (methods.factors)
         self.solved: tuple[int, float, Any] | None = None
@@ -74,6 +77,8 @@ class InputMoments:
             return
         x = x.to(torch.float32)
         self.tokens += x.shape[0]
+        if self.total is not None:
+            self.total += x.sum(0)
         if self.gram is None:
             self.diagonal += x.square().sum(0)
         else:
@@ -95,6 +100,9 @@ class InputMoments:
     def merge(self, other: InputMoments) -> None:
         """Add what another machine, run or batch has seen."""
         self.tokens += other.tokens
+        if self.total is not None:
+            theirs = other.total
+            self.total = None if theirs is None else self.total + theirs.to(self.total.device)
         if other.cross is not None:
             moved = other.cross.to(self.diagonal.device)
             self.cross = moved if self.cross is None else self.cross + moved
@@ -108,6 +116,12 @@ class InputMoments:
     def mean_square(self) -> Tensor:
         """E[x_j^2] over tokens, (d_in,)."""
         return self.diagonal / max(1, self.tokens)
+
+    def mean(self) -> Tensor:
+        """E[x] over tokens, (d_in,)."""
+        if self.total is None:
+            raise ValueError("the sums of the inputs were not kept")
+        return self.total / max(1, self.tokens)
 
     def second_moment(self) -> Tensor:
         """E[x x^T] over tokens, (d_in, d_in)."""
@@ -142,6 +156,7 @@ class InputMoments:
     ) -> InputMoments:
         """The inverse of ``state``."""
         out = cls(0, device=device)
+        out.total = None
         out.tokens = int(state["tokens"])
         if "gram" in state:
             out.gram = state["gram"].to(device)

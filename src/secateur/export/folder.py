@@ -18,6 +18,7 @@ from secateur.errors import SecateurError, UsageError
 from secateur.files import told_plainly
 from secateur.masks.store import FILE_NAME as MASK_FILE
 from secateur.masks.store import MaskStore, check_mask, load_masks
+from secateur.models.structured_saving import read_manifest
 from secateur.tensorfile import TensorFiles
 
 _SIDE_FILES = (
@@ -57,6 +58,21 @@ class ModelFolder:
             masks = load_masks(self.path)
         self.masks: Mapping[str, Tensor] = {} if masks is None else masks
         self._sources = _locate(self.masks, set(self.tensors.names()))
+
+    def require_stock(self) -> None:
+        """Refuse a folder whose config does not say its shapes.
+
+        Raises:
+            UsageError: naming what stands in the way.
+        """
+        manifest = read_manifest(self.path)
+        if manifest is not None and not manifest["stock"]:
+            raise UsageError(
+                f"its shapes are no stock model's ({manifest.get('why') or 'see its manifest'})",
+                field="folder",
+                value=str(self.path),
+                fix="prune with structure: {uniform: true}, or use --format onnx",
+            )
 
     def mask(self, tensor: str) -> Tensor | None:
         """The mask of a stored tensor, in the tensor's own shape; None if it was not pruned."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from secateur.errors import UsageError
-from secateur.methods.base import Need, one_of
+from secateur.methods.base import one_of
 from secateur.methods.structured_base import StructuredMethod, UnitDecision, UnitProblem
-from secateur.solvers.groups import HEAD_SCORES
+from secateur.solvers.groups import HEAD_SCORES, centred
 from secateur.solvers.schedules import batch_sizes
 from secateur.solvers.structured_obs import remove_groups
 
@@ -34,6 +34,7 @@ class SlimGPT(StructuredMethod):
             go, or ``published`` (see ``solvers.schedules``). Heads go one by one.
         damping: added to the diagonal of H, relative to its mean; raised where it must be.
         compensate: refit the survivors by least squares; without it they stay as they were.
+        bias: where the reading matrix has one, let it take over the mean of what is removed.
         local_search: rounds of exchanging removed for kept units afterwards (OSSCAR), 0 for none.
     """
 
@@ -42,12 +43,12 @@ class SlimGPT(StructuredMethod):
     paper = "Ling, Wang, Liu 2024, arXiv:2412.18110"
     driver = "blocks"
     kinds = frozenset({"head", "kv_group", "ffn"})
-    needs = frozenset({Need.GRAM})
 
     head_score: Literal["slimgpt", "exact", "initial_diag"] = "slimgpt"
     group_size: int | str = "1/32"
     damping: float = 0.01
     compensate: bool = True
+    bias: bool = True
     local_search: int = 0
 
     def __post_init__(self) -> None:
@@ -64,9 +65,13 @@ class SlimGPT(StructuredMethod):
         count = problem.count - already
         single = problem.columns.shape[1] == 1
         rounds = batch_sizes(count, self.group_size if single else 1)
+        moment = problem.moments.second_moment()
+        bias = problem.bias if self.bias and self.compensate else None
+        if bias is not None:
+            moment = centred(moment, problem.moments.mean())
         removal = remove_groups(
             problem.weight,
-            problem.moments.second_moment(),
+            moment,
             problem.columns,
             rounds,
             score=self.head_score,
@@ -78,7 +83,14 @@ class SlimGPT(StructuredMethod):
             name=problem.name,
             tokens=problem.moments.tokens,
         )
+        if bias is not None:
+            change = (problem.weight - removal.weight).double()
+            bias = (bias.double() + change @ problem.moments.mean().double()).float()
         gone = removal.gone[problem.columns[:, 0].to(removal.gone.device)].cpu()
-        weight = removal.weight if self.compensate else None
-        notes = {**removal.notes, "error": removal.error}
-        return UnitDecision(gone, weight, removal.scores.float().cpu(), notes)
+        return UnitDecision(
+            gone,
+            removal.weight if self.compensate else None,
+            removal.scores.float().cpu(),
+            {**removal.notes, "error": removal.error},
+            bias,
+        )

@@ -84,6 +84,7 @@ class UnitProblem:
         gone: (n_units,) bool, units that are zero already and go first.
         even: units fall into so many equal runs, each of which loses the same number.
         block, blocks: position in the model, for schedules.
+        bias: (d_out,) float32 of that matrix, None where it has none.
     """
 
     name: str
@@ -96,6 +97,7 @@ class UnitProblem:
     even: int = 1
     block: int = 0
     blocks: int = 1
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +110,14 @@ class UnitDecision:
             the run), or None: unchanged.
         score: (n_units,) importance as first ranked, for pictures; may be None.
         notes: figures of how it was found.
+        bias: (d_out,) the reading matrix's new bias, or None: unchanged.
     """
 
     gone: Tensor
     weight: Tensor | None = None
     score: Tensor | None = None
     notes: dict[str, float] = field(default_factory=dict)
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,10 @@ def _state(
     for key, value in optimizer.state.get(parameter, {}).items():
         if not isinstance(value, Tensor) or value.numel() == 1:
             continue
-        if value.shape == shape:
-            own = dict(dims)
-        elif len(shape) > 1 and value.shape in (shape[:-1], (*shape[:-1], 1)):  # means of rows
+        alike = len(value.shape) == len(shape)
+        if alike and all(v in (1, s) for v, s in zip(value.shape, shape, strict=True)):
+            own = {d: p for d, p in dims.items() if value.shape[d] == shape[d]}
+        elif len(shape) > 1 and value.shape == shape[:-1]:  # means of rows
             own = {d: p for d, p in dims.items() if d != last}
         elif len(shape) > 1 and value.shape == (*shape[:-2], shape[-1]):  # means of columns
             own = {(last - 1 if d == last else d): p for d, p in dims.items() if d != last - 1}

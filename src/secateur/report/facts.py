@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
-from secateur.report import words
+from secateur.report import structure, words
 
 _HASH = re.compile("[0-9a-f]{32,}")
 Sentence = tuple[str, str]
@@ -34,6 +35,7 @@ def verdicts(result: dict[str, Any]) -> list[Sentence]:
     return [
         *_delivered(result),
         *_quality(result),
+        *_recovery(result),
         *_bytes(result),
         *_speed(result),
     ]
@@ -43,6 +45,8 @@ def _delivered(result: dict[str, Any]) -> list[Sentence]:
     totals = result.get("totals")
     if not totals:
         return []
+    if result.get("structure"):
+        return structure.delivered(result)
     zeros, elements = totals["zeros"], totals["elements"]
     wrong = [m for m in result.get("modules") or [] if m["asked_count"] != m["delivered_count"]]
     asked = totals.get("pattern") or words.percent(totals["asked"])
@@ -74,6 +78,24 @@ def _quality(result: dict[str, Any]) -> list[Sentence]:
             "of positions"
         )
     return [("plain" if pruned / dense <= 1.1 else "caution", text + ".")]
+
+
+def _recovery(result: dict[str, Any]) -> list[Sentence]:
+    recovery = result.get("recovery")
+    if not recovery:
+        return []
+    what = f"{words.percent(recovery['share'], 3)} of the parameters"
+    text = f"Recovery trained {what} in {words.duration(recovery['seconds'])}"
+    before, after = recovery.get("before"), result.get("quality")
+    if not before or not after:
+        return [("plain", f"{text}; what it brought was not measured.")]
+    cut, mended = before["pruned"]["perplexity"], after["pruned"]["perplexity"]
+    text += f": perplexity {words.figure(cut)} after the cut, {words.figure(mended)} now"
+    dense = (after.get("dense") or {}).get("perplexity")
+    if dense and cut > dense:
+        share = (math.log(cut) - math.log(mended)) / (math.log(cut) - math.log(dense))
+        text += f", {words.percent(share, 0)} of the way back to the dense model (in nats)"
+    return [("good" if mended < cut else "caution", text + ". No zero was lost.")]
 
 
 def loss_word(ratio: float) -> str:
@@ -110,7 +132,10 @@ def _bytes(result: dict[str, Any]) -> list[Sentence]:
 def _speed(result: dict[str, Any]) -> list[Sentence]:
     speed, totals = result.get("speed"), result.get("totals") or {}
     if speed and speed.get("verdict"):
-        return [("plain", _sentence(str(speed["verdict"])))]
+        verdict = ("plain", _sentence(str(speed["verdict"])))
+        return [verdict, *(structure.speed(result) if result.get("structure") else ())]
+    if result.get("structure"):
+        return [("plain", "Speed was not measured.")]
     text = "Speed was not measured."
     if not totals.get("pattern") and totals.get("delivered"):
         text += (
@@ -155,6 +180,37 @@ def headlines(result: dict[str, Any]) -> list[dict[str, str]]:
     if kind and speed[kind].get("ratio"):
         out.append({"label": f"dense {kind} speed", **_speed_figure(speed[kind]["ratio"])})
     return out
+
+
+def recovery(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """How a recovery went, as label and text pairs."""
+    record = result.get("recovery")
+    if not record:
+        return []
+    adapter = record.get("adapter") or {}
+    rows = [
+        ("method", plain(record.get("method"))),
+        ("trained", plain(record.get("train"))),
+        (
+            "parameters trained",
+            f"{words.count(record['trained'])} of {words.count(record['total'])}",
+        ),
+        (
+            "adapter",
+            plain(adapter.get("kind")) + f", rank {adapter.get('rank')}" if adapter else "",
+        ),
+        ("steps", plain(record.get("steps"))),
+        ("rate", f"{words.figure(record.get('lr'))}, {record.get('schedule')}"),
+        ("tokens seen", words.count(record.get("tokens"))),
+        ("time", words.duration(record.get("seconds"))),
+        (
+            "first and last loss",
+            f"{words.figure(record.get('first_loss'))} → {words.figure(record.get('last_loss'))}",
+        ),
+        ("text", plain(((record.get("text") or {}).get("text") or {}).get("name"))),
+        ("zeros before and after", words.count(record.get("zeros"))),
+    ]
+    return [(label, text) for label, text in rows if text]
 
 
 def _speed_figure(ratio: dict[str, float]) -> dict[str, str]:

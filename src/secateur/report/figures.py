@@ -39,6 +39,26 @@ def quality_chart(result: dict[str, Any]) -> Markup | None:
     return _bars(bars, "Perplexity, lower is better")
 
 
+def recovery_chart(result: dict[str, Any]) -> Markup | None:
+    """Perplexity of the dense model, after the cut and after recovery."""
+    before = (result.get("recovery") or {}).get("before")
+    after = result.get("quality") or {}
+    if not before or not after.get("pruned"):
+        return None
+    bars = []
+    shown = (
+        ("dense", after.get("dense"), 5),
+        ("cut", before["pruned"], 4),
+        ("recovered", after["pruned"], 1),
+    )
+    for label, measured, tone in shown:
+        if measured:
+            low, high = interval(measured)
+            value = measured["perplexity"]
+            bars.append(Bar(label, value, words.figure(value), low, high, tone))
+    return _bars(bars, "Perplexity before and after recovery, lower is better")
+
+
 def error_chart(result: dict[str, Any]) -> Markup | None:
     """Relative output error after each block."""
     points = [

@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 
 from secateur.files import finite, write_json, write_text
-from secateur.report import allocation_charts, facts, figures, words
+from secateur.report import allocation_charts, facts, figures, search_chart, structure, words
 
 
 def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
@@ -40,19 +40,25 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
         "recipe": yaml.safe_dump(result.get("recipe") or {}, sort_keys=False, allow_unicode=True),
         "protocol": facts.facts((result.get("quality") or {}).get("protocol")),
         "calibration": facts.facts(result.get("calibration")),
+        "recovery": facts.recovery(result),
         "fingerprint": facts.plain((result.get("model") or {}).get("fingerprint")),
         "machine": facts.facts(result.get("machine")),
         "figures": {
             "quality": figures.quality_chart(result),
+            "recovery": figures.recovery_chart(result),
             "errors": figures.error_chart(result),
             "sparsity": figures.sparsity_chart(result),
             "allocation": allocation_charts.of_run(result),
+            "search": search_chart.of_run(result),
+            "widths": structure.widths_chart(result),
             "output_errors": figures.output_error_chart(result),
             "bytes": figures.bytes_chart(result),
             "speed": figures.speed_charts(result),
             "time": figures.time_chart(result),
         },
         "masks": figures.mask_panels(result),
+        "structure_rows": structure.rows(result),
+        "structure_parts": structure.parts_table(result),
     }
     card = {"front_matter": front_matter(result), **context}
     return write_pages(Path(folder), "report", context, card, result)
@@ -136,7 +142,7 @@ def _environment(html: bool) -> jinja2.Environment:
 
 _PARTS: dict[str, Any] = dict.fromkeys(
     (
-        "secateur", "command", "recipe", "created", "modules", "blocks", "totals", "quality",
+        "secateur", "command", "recipe", "created", "modules", "blocks", "totals", "quality", "recovery",
         "size", "speed", "timing", "memory_peak", "machine", "notes", "calibration", "verified",
     )
 ) | {"model": {"name": None, "parameters": None, "fingerprint": None}}  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.evaluation.flops import count_flops
+from secateur.evaluation.speed import cache_name, cache_of
 from secateur.models.discovery import is_linear
 from secateur.models.unit_search import layout_of
 
@@ -21,7 +22,13 @@ _DECODED = 4
 
 
 @torch.no_grad()
-def breakdown(dense: Any, pruned: Any, ids: Tensor, turns: int = 5) -> dict[str, Any]:
+def breakdown(
+    dense: Any,
+    pruned: Any,
+    ids: Tensor,
+    turns: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Median seconds of the linears of attention, of the MLPs, of the head, and of all the rest.
 
     ``rest`` is attention itself (scores, softmax), norms, embeddings and the interpreter's own
@@ -36,7 +43,7 @@ def breakdown(dense: Any, pruned: Any, ids: Tensor, turns: int = 5) -> dict[str,
         times: dict[str, list[dict[str, float]]] = {"dense": [], "pruned": []}
         for _ in range(turns):
             for name, model in (("dense", dense), ("pruned", pruned)):
-                times[name].append(_timed(model, ids, phase == "decode"))
+                times[name].append(_timed(model, ids, phase == "decode", clock))
         middle = {
             name: {part: median(t[part] for t in runs) for part in (*PARTS, "total")}
             for name, runs in times.items()
@@ -54,29 +61,32 @@ def breakdown(dense: Any, pruned: Any, ids: Tensor, turns: int = 5) -> dict[str,
     return found
 
 
-def _timed(model: Any, ids: Tensor, decode: bool) -> dict[str, float]:
+def _timed(model: Any, ids: Tensor, decode: bool, clock: Callable[[], float]) -> dict[str, float]:
     spent: dict[str, float] = defaultdict(float)
     ids = ids.to(next(model.parameters()).device)
     cache: Any = None
     if decode:
         output = model(input_ids=ids, use_cache=True)
-        cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-    with _watched(model, spent):
-        start = time.perf_counter()
+        cache, token = cache_of(output), output.logits[:, -1:].argmax(-1)
+    key = cache_name(model)
+    with _watched(model, spent, clock):
+        start = clock()
         if decode:
             for _ in range(_DECODED):
-                step = model(input_ids=token, past_key_values=cache, use_cache=True)
-                token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+                step = model(input_ids=token, use_cache=True, **{key: cache})
+                token, cache = step.logits[:, -1:].argmax(-1), cache_of(step)
         else:
             model(input_ids=ids, use_cache=True)
-        total = time.perf_counter() - start
+        total = clock() - start
     count = _DECODED if decode else 1
     out = {part: spent[part] / count for part in PARTS[:-1]}
     return out | {"rest": total / count - sum(out.values()), "total": total / count}
 
 
 @contextmanager
-def _watched(model: nn.Module, spent: dict[str, float]) -> Iterator[None]:
+def _watched(
+    model: nn.Module, spent: dict[str, float], clock: Callable[[], float]
+) -> Iterator[None]:
     layout = layout_of(model)
     attention = {n for a in layout.attentions for n in a.names.values()}
     ffn = {n for m in layout.mlps for n in m.names.values()}
@@ -88,12 +98,12 @@ def _watched(model: nn.Module, spent: dict[str, float]) -> Iterator[None]:
         started: list[float] = []
 
         def before(_: Any, __: Any, started: list[float] = started) -> None:
-            started.append(time.perf_counter())
+            started.append(clock())
 
         def after(
             _: Any, __: Any, ___: Any, part: str = part, started: list[float] = started
         ) -> None:
-            spent[part] += time.perf_counter() - started.pop()
+            spent[part] += clock() - started.pop()
 
         handles.append(module.register_forward_pre_hook(before))
         handles.append(module.register_forward_hook(after))

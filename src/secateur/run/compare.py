@@ -19,7 +19,7 @@ from secateur.recipe import Recipe
 from secateur.run.folder import writable
 from secateur.run.planning import make_plan
 from secateur.run.runner import prune_blocks
-from secateur.run.session import Session, needs, prepare, resolve
+from secateur.run.session import Session, needs, prepare, readings_of, resolve
 
 
 def compare(
@@ -35,7 +35,7 @@ def compare(
 
     Args:
         recipe: model, calibration and evaluation (its method and sparsity are not used).
-        names: ``METHOD`` or ``METHOD+UPDATE``.
+        names: ``METHOD``, ``METHOD+UPDATE``, either with ``@ALLOCATOR`` behind it.
         sparsities: targets as text.
         out: folder for the evidence, the table and the page. Figures already there under the
             same settings are kept, so an interrupted comparison goes on.
@@ -49,11 +49,12 @@ def compare(
         raise UsageError("a comparison keeps the model in memory", field="stream", value=True)
     targets = [str(Target.parse(s)) for s in sparsities]
     recipes = {(n, t): _one(recipe, n, t) for n in names for t in targets}
+    root = out / "secateur" / "evidence"
     writable(out)
     if (out / "secateur" / "run.json").exists():
         raise UsageError("holds a run, whose report would be lost", field="out", value=str(out))
     # The most demanding first: its full moments then serve every other method.
-    order = sorted(recipes, key=lambda k: _appetite(needs(*_parts(recipes[k]))), reverse=True)
+    order = sorted(recipes, key=lambda k: _appetite(recipes[k]), reverse=True)
     session = prepare(recipes[order[0]], progress=progress)
     windows = session.evaluation
     if windows is None:
@@ -70,7 +71,7 @@ def compare(
                 session, recipe=recipes[name, target], method=method, scope=scope, update=update
             )
             progress.note(f"{name} at {target}")
-            prune_blocks(step, make_plan(step), None, out / "secateur" / "evidence")
+            prune_blocks(step, make_plan(step, root), None, root)
             pruned = step.states(windows).compute(progress, f"{name} {target}, evaluating")
             table.put(name, target, fidelity(dense.logits, pruned.logits, windows, progress))
             for matrix, weight in zip(session.view.matrices(), originals, strict=True):
@@ -89,13 +90,18 @@ def compare(
 
 
 def _one(recipe: Recipe, name: str, target: str) -> Recipe:
+    name, _, allocation = name.partition("@")
     method, _, update = name.partition("+")
     values = recipe.model_dump() | {"method": method, "sparsity": target, "pattern": None}
+    if allocation:
+        values["allocation"] = allocation
     return Recipe.build(values | ({"update": update} if update else {}))
 
 
-def _appetite(wanted: frozenset[Need]) -> tuple[bool, int]:
-    return Need.GRAM in wanted, len(wanted)
+def _appetite(recipe: Recipe) -> tuple[bool, int, bool]:
+    wanted = needs(*_parts(recipe))
+    reads = any(r.inputs or r.sample for r in readings_of(recipe))
+    return Need.GRAM in wanted, len(wanted), reads
 
 
 def _parts(recipe: Recipe) -> tuple[Any, Any]:

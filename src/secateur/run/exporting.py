@@ -11,7 +11,7 @@ from secateur.errors import UsageError
 from secateur.models.loading import DTYPES
 from secateur.progress import SILENT, Progress
 
-FORMATS = ("bitmask", "gguf", "2:4")
+FORMATS = ("bitmask", "gguf", "2:4", "onnx")
 
 
 def export(
@@ -22,7 +22,7 @@ def export(
     dtype: str | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Export ``folder`` as ``bitmask``, ``gguf`` or ``2:4``.
+    """Export ``folder`` as ``bitmask``, ``gguf``, ``2:4`` or ``onnx``.
 
     Returns:
         The exporter's record, with ``lines`` for a person.
@@ -40,6 +40,17 @@ def export(
         lines = [
             f"{out}: {record['bytes'] / 1e6:.1f} MB, {record['ratio']:.1%} of the dense "
             f"{record['dense_bytes'] / 1e6:.1f} MB; opens with secateur.load_pruned"
+        ]
+        return record | {"lines": lines}
+    if kind == "onnx":
+        from secateur.export.onnx import export_onnx
+
+        if dtype not in (None, "float32"):
+            raise UsageError("ONNX is written in float32", field="dtype", value=dtype)
+        record = export_onnx(folder, out, progress=progress)
+        lines = [
+            f"{out}: {record['bytes'] / 1e6:.1f} MB; onnxruntime gives the same logits "
+            f"(largest difference {record['max_difference']:.2g})"
         ]
         return record | {"lines": lines}
     from secateur.export.gguf import export_gguf

@@ -57,7 +57,7 @@ def problem_of(session: Session, among: Sequence[Allocator], root: Path | None =
         roles={m.name: m.role for m in view.matrices()},
         weights=lambda: _weights(session),
         scores=lambda: _dense_scores(session, root),
-        trial=Trial(session, lambda: _dense_scores(session, root)),
+        trial=Trial(session, lambda: _dense_scores(session, root), root),
         progress=session.progress,
     )
     for allocator in among:

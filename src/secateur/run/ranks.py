@@ -106,6 +106,8 @@ class Ranks:
             tokens = torch.tensor(moments.tokens)
             dist.all_reduce(tokens)
             moments.tokens = int(tokens)
+            if moments.total is not None:
+                dist.all_reduce(moments.total)
             if moments.gram is None:
                 dist.all_reduce(moments.diagonal)
             else:

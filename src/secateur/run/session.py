@@ -50,8 +50,14 @@ class Session:
 
     @property
     def ranker(self) -> Method:
-        """The method, where single weights are pruned."""
-        assert isinstance(self.method, Method), "structured methods have a run of their own"
+        """The method, where single weights are pruned; any other is a UsageError."""
+        if not isinstance(self.method, Method):
+            raise UsageError(
+                "removes whole units, and this is about single weights",
+                field="method",
+                value=self.recipe.method,
+                fix="secateur prune --method ..., or another method here",
+            )
         return self.method
 
     @property
@@ -142,7 +148,8 @@ def prepare(
     """Load the model and resolve what the recipe leaves to defaults; nothing is changed yet."""
     ranks = Ranks.from_environment(recipe.device)  # first: it chooses this process's GPU
     method, scope, update = resolve(recipe)
-    if recipe.reconstruct == "dense" and update == "none":
+    repairs = update != "none" or getattr(method, "driver", None) == "blocks"
+    if recipe.reconstruct == "dense" and not repairs:
         raise UsageError(
             f"survivors are not updated with update={update!r}, so they cannot be fitted to anything",
             field="reconstruct",

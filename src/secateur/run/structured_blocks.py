@@ -98,6 +98,7 @@ class _Walk:
             if moments.cross is not None:
                 weight = weight @ dense_map(moments, name=reader.name)
             (part,) = group.reads()
+            bias = reader.module._parameters.get("bias")
             problem = UnitProblem(
                 group.key,
                 group.kind,
@@ -109,6 +110,7 @@ class _Walk:
                 group.even,
                 block.index,
                 len(self.session.view.blocks),
+                None if bias is None else bias.detach().to(torch.float32),
             )
             decision = self.method.decide(problem)
             self._take(group, reader, problem, decision)
@@ -145,6 +147,8 @@ class _Walk:
             reader.write(decision.weight)
         elif problem.moments.cross is not None:
             reader.write(problem.weight)
+        if decision.bias is not None:
+            cast(Tensor, reader.module._parameters["bias"]).copy_(decision.bias)
         self.mask.remove(group, gone)
         if self.session.recipe.structure.gqa == "duplicate" and group.kind == "head":
             self.mask.duplicated.add(group.key)

@@ -139,6 +139,7 @@ def _row(group: Group, plan: Plan, mask: StructuredMask, noted: dict[str, Any]) 
         "block": group.block,
         "stack": group.stack,
         "attention": group.attention,
+        "finest": group.original.shape[1],
         "before": group.n_units,
         "after": group.n_units - removed,
         "asked": plan.units[group.key].removed,

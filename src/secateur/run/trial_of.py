@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from torch import Tensor
 
 from secateur.allocation.plan import Plan
+from secateur.allocation.search.journal import Journal
 from secateur.data.overlap import refuse_overlap
 from secateur.data.windows import Windows, calibration_windows
 from secateur.errors import UsageError
 from secateur.evidence.score_summary import ScoreSummary
+from secateur.evidence.store import digest
 from secateur.masks.ranking import Ranking
 from secateur.run.session import Session
 from secateur.run.trials import Trials
@@ -75,25 +78,30 @@ class Trial:
     Args:
         session: the dense model, resolved.
         scores: the method's scores of every matrix, in the model's order.
+        root: folder where values are noted, so that a killed run does not try a plan twice.
     """
 
-    def __init__(self, session: Session, scores: Scores) -> None:
-        self.session, self.scores = session, scores
+    def __init__(self, session: Session, scores: Scores, root: Path | None = None) -> None:
+        self.session, self.scores, self.root = session, scores, root
+        self.windows: Windows | None = None
+        self.journal = Journal()
         self.trials: Trials | None = None
-        self.known: dict[tuple[int, ...], float] = {}
 
     def __call__(self, plan: Plan) -> float:
         """The value of ``plan``; a plan tried before costs nothing."""
-        counts = tuple(plan.counts[name] for name in self.session.shapes)
-        if counts not in self.known:
+        job = (tuple(plan.counts[name] for name in self.session.shapes), 0)
+        if self.windows is None:
+            self.windows = self._begin()
+        if job not in self.journal:
             if self.trials is None:
-                self.trials = self._open()
-            total, tokens = self.trials(counts, 0)
-            self.known[counts] = total / tokens
-        return self.known[counts]
+                self.trials = self._open(self.windows)
+            self.journal.note(job, self.trials(*job))
+        total, tokens = self.journal[job]
+        return total / tokens
 
-    def _open(self) -> Trials:
-        session = self.session
+    def _begin(self) -> Windows:
+        """The search windows, and what an earlier attempt noted about them."""
+        session, recipe = self.session, self.session.recipe
         if session.resident is not None:
             raise UsageError(
                 "trying plans needs the model in memory",
@@ -102,6 +110,24 @@ class Trial:
                 fix="give the allocator what it would search, or drop --stream",
             )
         windows = search_windows(session)
+        # Ranks open together or not at all: a journal one of them has would part them.
+        if self.root is not None and session.ranks.world == 1:
+            key = {
+                "model": session.loaded.fingerprint,
+                "calibration": getattr(session.calibration, "fingerprint", None),
+                "search": windows.fingerprint,
+                "method": recipe.method,
+                "options": recipe.options,
+                "scope": str(session.scope),
+                "target": str(recipe.target),
+                "fitness": recipe.search.fitness,
+                "matrices": list(session.shapes),
+            }
+            self.journal = Journal(self.root / f"trials-{digest(key)}.jsonl")
+        return windows
+
+    def _open(self, windows: Windows) -> Trials:
+        session = self.session
         return Trials(
             session.view,
             sorted_scores(session, self.scores)[0],

@@ -33,7 +33,7 @@ def reopen(session: Session, folder: RunFolder) -> dict[str, Any]:
     """
     if session.resident is not None:
         return {"loaded": False, "why": "the weights were streamed", **verify_folder(folder.path)}
-    ids = _probe_ids(session)
+    ids = probe_ids(session)
     logits = reference_logits(session.loaded.model, ids)
     dtype = next(session.loaded.model.parameters()).dtype
     words = {"dtype": str(dtype).removeprefix("torch."), "device": session.device.type}
@@ -50,7 +50,7 @@ def reopen(session: Session, folder: RunFolder) -> dict[str, Any]:
     return {"loaded": True, **found}
 
 
-def _probe_ids(session: Session) -> Tensor:
+def probe_ids(session: Session) -> Tensor:
     windows = session.evaluation or session.calibration
     if windows is not None:
         return windows.ids[:1, :PROBE_TOKENS].contiguous()
@@ -58,7 +58,7 @@ def _probe_ids(session: Session) -> Tensor:
     return (torch.arange(PROBE_TOKENS) * 7 % vocabulary)[None]
 
 
-def _read_probe(path: Path) -> tuple[dict[str, Tensor], torch.dtype]:
+def read_probe(path: Path) -> tuple[dict[str, Tensor], torch.dtype]:
     """The recorded tokens and logits, and the type they were computed in."""
     try:
         with safe_open(str(path), "pt") as file:
@@ -81,6 +81,10 @@ def verify_run(
         UsageError: not a finished run.
     """
     report = read_result(folder)
+    if report.get("structure"):
+        from secateur.run.structured_verify import verify_structured
+
+        return verify_structured(folder, report, load_model=load_model, progress=progress)
     masks = load_masks(folder)
     with progress.stage("verifying", total=3) as advance:
         counts = masks.counts()
@@ -107,7 +111,7 @@ def verify_run(
         advance(1)
         probe = folder / "secateur" / PROBE
         if load_model and probe.exists():
-            saved, kind = _read_probe(probe)
+            saved, kind = read_probe(probe)
             with quiet():
                 found = verify_folder(folder, saved["ids"], saved["logits"], dtype=kind)
             checks.append(

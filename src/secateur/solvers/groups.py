@@ -57,3 +57,13 @@ def group_scores(weight: Tensor, blocks: Tensor, rule: str = "slimgpt") -> Tenso
 def _square_columns(weight: Tensor) -> Tensor:
     """||W_:t||^2 by group and column, (n, size)."""
     return torch.linalg.vector_norm(weight, dim=0).square_()
+
+
+def centred(moment: Tensor, mean: Tensor) -> Tensor:
+    """E[x x^T] - E[x] E[x]^T (c, c), float64: the moments that count where there is a bias.
+
+    A bias free to move makes up for the mean of every change: the best one is
+    b' = b + (W - W') E[x], and what is left of the error sees the inputs less their mean.
+    """
+    away = mean.double()
+    return moment.double() - torch.outer(away, away)

@@ -164,9 +164,12 @@ def _fit(
         parameter.data = parameter.data.float()
     share = sum(p.numel() for p in trainable(model).values()) / max(1, chosen.total)
     progress.note(f"training {share:.3%} of the parameters")
+    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers checkpoints only then; dropout is off unless configured
+        # transformers checkpoints layers in training mode only; the rest keeps dropout off.
+        for module in layers:
+            module.training = True
     try:
         return fit(
             model,
@@ -183,6 +186,7 @@ def _fit(
     finally:
         if checkpointing:
             model.gradient_checkpointing_disable()
-            model.eval()
+            for module in layers:
+                module.training = False
         for parameter, kind in kinds.items():
             parameter.data = parameter.data.to(kind)

@@ -1,0 +1,141 @@
+"""ONNX of a dense or pruned causal language model, checked with onnxruntime.
+
+The graph maps token ids to logits; batch and length are free, there is no key-value cache.
+Attention is written out (``eager``), which every runtime understands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import MissingExtra, SecateurError, UsageError, VerificationError
+from secateur.export.loading import load_pruned
+from secateur.files import told_plainly
+from secateur.models.state import quiet
+from secateur.progress import SILENT, Progress
+
+TOLERANCE = 1e-3
+"""Difference of logits, relative to the largest, that another runtime's order of sums explains."""
+_SHAPES = ((2, 12), (1, 7), (3, 20))
+
+
+class _Logits(nn.Module):
+    """Token ids (B, L) -> logits (B, L, V), and nothing else."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+def export_onnx(folder: Path | str, out: Path | str, progress: Progress = SILENT) -> dict[str, Any]:
+    """Write ``out`` (a .onnx file) from a model folder and compare its logits with torch's.
+
+    Args:
+        folder: dense or pruned, stock or with a manifest; computed in float32.
+        out: the file. Weights beyond 2 GB go beside it as ``<out>.data``.
+
+    Returns:
+        ``file``, ``bytes``, ``max_difference``, ``relative``, ``shapes`` compared, ``verified``.
+
+    Raises:
+        MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+        UsageError: ``out`` is a folder. SecateurError: torch cannot export this model.
+        VerificationError: onnxruntime computes other logits.
+    """
+    runtime = _packages()
+    out = Path(out)
+    if out.is_dir():
+        raise UsageError("a folder is in the way", field="out", value=str(out), fix="name a file")
+    with quiet(), progress.stage("loading"):
+        model = load_pruned(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = _ids(model, _SHAPES[0])
+    with progress.stage("exporting"):
+        program = _export(_Logits(model), ids, str(folder))
+    with told_plainly(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            file = Path(temporary) / out.name
+            program.save(str(file))
+            with progress.stage("comparing", len(_SHAPES), "inputs") as advance:
+                record = _compare(runtime, file, model, advance)
+            size = 0
+            for part in sorted(Path(temporary).iterdir()):  # the graph last: it names the rest
+                size += part.stat().st_size
+            for part in sorted(Path(temporary).iterdir(), key=lambda p: p.name == out.name):
+                shutil.move(part, out.parent / part.name)
+    return {"file": str(out), "bytes": size, **record, "verified": True}
+
+
+def _packages() -> Any:
+    for name in ("onnx", "onnxscript"):
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise MissingExtra(name, "onnx", "writing ONNX") from error
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra("onnxruntime", "onnx", "checking ONNX") from error
+    return onnxruntime
+
+
+def _ids(model: Any, shape: tuple[int, int]) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(shape[0] * 100 + shape[1])
+    return torch.randint(4, vocabulary, shape, generator=generator)
+
+
+def _export(model: nn.Module, ids: Tensor, name: str) -> Any:
+    dynamic = torch.export.Dim.DYNAMIC
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(
+                model,
+                (ids,),
+                dynamo=True,
+                dynamic_shapes=({0: dynamic, 1: dynamic},),
+                input_names=["input_ids"],
+                output_names=["logits"],
+                verbose=False,
+            )
+    except Exception as error:  # torch.export fails in as many ways as there are models
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise SecateurError(
+            f"torch cannot export '{name}' ({type(error).__name__}: {reason})",
+            fix="pip install -U torch onnx onnxscript",
+        ) from error
+
+
+@torch.no_grad()
+def _compare(runtime: Any, file: Path, model: Any, advance: Any) -> dict[str, Any]:
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    worst = largest = 0.0
+    for shape in _SHAPES:
+        ids = _ids(model, shape)
+        (found,) = session.run(None, {"input_ids": ids.numpy()})
+        expected = model(input_ids=ids, use_cache=False).logits
+        difference = (torch.from_numpy(found) - expected).abs().max()
+        worst, largest = max(worst, float(difference)), max(largest, float(expected.abs().max()))
+        advance(1)
+    relative = worst / largest if largest else worst
+    if not relative <= TOLERANCE:
+        raise VerificationError(
+            f"onnxruntime's logits differ by up to {worst:.3g} ({relative:.2g} of the largest)"
+        )
+    return {"max_difference": worst, "relative": relative, "shapes": [list(s) for s in _SHAPES]}

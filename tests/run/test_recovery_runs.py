@@ -1,0 +1,272 @@
+"""Recovery inside runs and by itself: resumed, verified, compared, refused when it makes no sense."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import secateur
+from secateur.cli import main
+from secateur.errors import UsageError
+from secateur.export.loading import load_pruned
+from secateur.masks.store import load_masks
+from secateur.models.tiny import tiny_model, tiny_tokenizer
+from secateur.recipe import Recipe
+from secateur.run.verifying import verify_run
+
+COMMON = {"samples": 4, "length": 48}
+EVALUATION = {"text": "pydoc:test", "length": 48, "windows": 2, "speed": False}
+RECOVERY = {"steps": 6, "batch": 2, "length": 48, "lr": 5e-3, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_folder):
+    """A pruned run without recovery."""
+    out = tmp_path_factory.mktemp("runs") / "cut"
+    secateur.prune(
+        str(tiny_folder("opt")), method="magnitude", evaluation=EVALUATION, out=out, **COMMON
+    )
+    return out
+
+
+def state(path):
+    return {n: p.detach().clone() for n, p in load_pruned(path).named_parameters()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"train": ["head", "norms"]}, {"method": "mask-lora", "rank": 4}, {"method": "full"}],
+    ids=lambda c: "-".join(map(str, c.values())) or "default",
+)
+def test_a_run_recovers_saves_and_verifies(tmp_path, tiny_folder, change):
+    result = secateur.prune(
+        str(tiny_folder("opt")), method="magnitude", evaluation=EVALUATION, out=tmp_path / "run",
+        recovery=RECOVERY | change, **COMMON,
+    )  # fmt: skip
+    report = result.report
+    recovery, quality = report["recovery"], report["quality"]
+    assert recovery["last_loss"] < recovery["first_loss"]
+    assert recovery["zeros"] == report["totals"]["zeros"]
+    assert report["totals"]["delivered"] == report["totals"]["asked"]
+    # The dense figure is the dense model's, though its head and norms were trained since.
+    assert recovery["before"]["dense"] == quality["dense"]
+    assert quality["pruned"] != recovery["before"]["pruned"]
+    assert verify_run(tmp_path / "run")["verified"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Recovery" in page
+    assert not list((tmp_path / "run").glob("model-block-*"))
+    again = secateur.prune(  # a finished run is taken as it is
+        str(tiny_folder("opt")), method="magnitude", evaluation=EVALUATION, out=tmp_path / "run",
+        recovery=RECOVERY | change, **COMMON,
+    )  # fmt: skip
+    assert again.report["quality"]["pruned"] == quality["pruned"]
+    with pytest.raises(UsageError, match="recovery"):  # other settings need another folder
+        secateur.prune(
+            str(tiny_folder("opt")), method="magnitude", evaluation=EVALUATION,
+            out=tmp_path / "run", recovery=RECOVERY | change | {"steps": 7}, **COMMON,
+        )  # fmt: skip
+
+
+RUN = """
+import sys, time, torch
+torch.set_num_threads(1)
+import secateur
+from secateur.training import loop
+plain = loop._Run.step
+def slow(self):
+    time.sleep(0.15)
+    return plain(self)
+loop._Run.step = slow
+secateur.prune(sys.argv[1], method="magnitude", out=sys.argv[2], recovery={settings}, **{common})
+"""
+
+
+def test_killed_in_recovery_the_run_goes_on(tmp_path, tiny_folder):
+    source, settings = str(tiny_folder("opt")), RECOVERY | {"steps": 20}
+    whole = tmp_path / "whole"
+    secateur.prune(source, method="magnitude", out=whole, recovery=settings, **COMMON)
+    out = tmp_path / "killed"
+    script = RUN.replace("{settings}", repr(settings)).replace("{common}", repr(COMMON))
+    process = subprocess.Popen([sys.executable, "-c", script, source, str(out)])
+    metrics = out / "secateur" / "recovery" / "last" / "metrics.jsonl"
+    limit = time.monotonic() + 180
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "model.safetensors.index.json").exists()
+    result = secateur.prune(source, method="magnitude", out=out, recovery=settings, **COMMON)
+    assert equal(state(whole), state(out))
+    events = [json.loads(x)["event"] for x in (out / "secateur" / "events.jsonl").open()]
+    assert "resumed" in events
+    losses = [
+        [json.loads(x)["loss"] for x in (f / "secateur/recovery/last/metrics.jsonl").open()]
+        for f in (whole, out)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 20
+    assert result.report["recovery"]["steps"] == 20
+
+
+def test_killed_while_writing_what_was_recovered(tmp_path, tiny_folder, monkeypatch):
+    from secateur.run import recovered
+
+    source = str(tiny_folder("opt"))
+    settings = RECOVERY | {"method": "mask-lora", "rank": 2}
+    whole = tmp_path / "whole"
+    secateur.prune(source, method="magnitude", out=whole, recovery=settings, **COMMON)
+    plain, written = recovered.write_shard, []
+
+    def breaking(path, tensors):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        plain(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovered, "write_shard", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            secateur.prune(
+                source, method="magnitude", out=tmp_path / "cut", recovery=settings, **COMMON
+            )
+    secateur.prune(source, method="magnitude", out=tmp_path / "cut", recovery=settings, **COMMON)
+    assert equal(state(whole), state(tmp_path / "cut"))  # the adapter was merged once
+
+
+def test_iterative_pruning_ends_exactly_at_the_target(tmp_path, tiny_folder):
+    result = secateur.prune(
+        str(tiny_folder("llama")), method="magnitude", sparsity=0.6, evaluation=None,
+        out=tmp_path / "imp", recovery=RECOVERY | {"method": "imp", "cycles": 2}, **COMMON,
+    )  # fmt: skip
+    assert result.report["totals"]["delivered"] == pytest.approx(0.6, abs=1e-3)
+    assert result.report["recovery"]["method"] == "imp"
+    assert verify_run(tmp_path / "imp")["verified"]
+
+
+def test_a_folder_is_recovered_by_command(folder, tmp_path, capsys):
+    out = tmp_path / "mended"
+    words = ["recover", str(folder), "--out", str(out), "--train", "biases,norms", "--json"]
+    words += ["--steps", "6", "--length", "48", "-R", "batch=2", "--lr", "0.005"]
+    words += ["--eval-length", "48", "--eval-windows", "2"]
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["recovery"]["share"] == pytest.approx(1152 / 56928)
+    before = report["recovery"]["before"]
+    cut = json.loads((folder / "report.json").read_text())["quality"]
+    assert before["pruned"]["perplexity"] == pytest.approx(cut["pruned"]["perplexity"], rel=1e-4)
+    assert before["dense"]["perplexity"] == pytest.approx(cut["dense"]["perplexity"], rel=1e-4)
+    assert report["quality"]["pruned"]["perplexity"] < before["pruned"]["perplexity"]
+    assert main(["verify", str(out), "--json"]) == 0
+    old, new = load_masks(folder), load_masks(out)
+    assert all(torch.equal(old[n], new[n]) for n in old)
+    assert main(words) == 0  # done already
+    assert main(["recover", str(out), "--out", str(tmp_path / "twice"), "--steps", "2",
+                 "--length", "48", "--no-eval", "--json"]) == 0  # fmt: skip
+
+
+def test_a_model_in_memory_is_recovered_in_place():
+    model = tiny_model("gpt2")
+    ids = torch.randint(4, 260, (8, 32), generator=torch.Generator().manual_seed(0))
+    cut = secateur.prune(model, tiny_tokenizer(), method="magnitude", samples=2, length=32)
+    mended = secateur.recover(
+        model, masks=cut.masks, text=ids, method="mask-lora", rank=2, steps=3, length=32
+    )
+    assert mended.model is model
+    assert mended.report["recovery"]["zeros"] == cut.report["totals"]["zeros"]
+
+
+def test_reports_of_a_run_without_recovery_do_not_speak_of_it(folder):
+    assert "Recovery" not in (folder / "report.html").read_text()
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def test_a_model_without_masks_is_refused(tiny_folder, tmp_path, capsys):
+    source = str(tiny_folder("opt"))
+    assert main(["recover", source, "--out", str(tmp_path / "x")]) == 2
+    said = capsys.readouterr().err
+    assert "--mask-from-zeros" in said
+    assert "--no-mask" in said
+    assert not (tmp_path / "x").exists()
+    assert main(["recover", source, "--mask-from-zeros", "--out", str(tmp_path / "x")]) == 2
+    assert "no sparse model" in capsys.readouterr().err
+    settings = ["--steps", "2", "--length", "48", "--no-eval", "--json"]
+    assert main(["recover", source, "--no-mask", "--out", str(tmp_path / "y"), *settings]) == 0
+
+
+def test_masks_of_another_model_are_refused(folder, tiny_folder, tmp_path, capsys):
+    words = ["recover", str(tiny_folder("llama")), "--masks", str(folder / "masks.safetensors")]
+    assert main([*words, "--out", str(tmp_path / "x")]) == 2
+    assert "no matrix of that name" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_mask_from_zeros_keeps_them(folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    shutil.rmtree(bare / "secateur")
+    (bare / "masks.safetensors").unlink()
+    result = secateur.recover(
+        bare, mask_from_zeros=True, steps=2, length=48, train=["norms"], out=tmp_path / "out"
+    )
+    assert result.report["recovery"]["zeros"] >= json.loads(
+        (folder / "report.json").read_text()
+    )["totals"]["zeros"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"train": []}, "train"),
+        ({"train": ["biases"]}, "train"),
+        ({"train": ["everything"]}, "train"),
+        ({"method": "prep"}, "recovery"),
+        ({"steps": 0}, "recovery.steps"),
+        ({"length": 100_000}, "recovery.length"),
+        ({"method": "full", "train": ["norms"]}, "recovery.train"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_cut(
+    tiny_folder, tmp_path, settings, field
+):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError) as caught:
+        secateur.prune(
+            str(tiny_folder("llama")), method="magnitude", out=out, recovery=RECOVERY | settings,
+            **COMMON,
+        )  # fmt: skip
+    assert caught.value.field == field
+    assert not out.exists()
+
+
+def test_a_text_shorter_than_a_window_is_refused(tiny_folder, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("a few words")
+    with pytest.raises(UsageError, match="tokens"):
+        secateur.prune(
+            str(tiny_folder("opt")), method="magnitude", out=tmp_path / "out",
+            recovery=RECOVERY | {"text": str(text)}, **COMMON,
+        )  # fmt: skip
+
+
+def test_contradictions_in_a_recipe_are_refused():
+    for change, field in (
+        ({"stream": True}, "recovery"),
+        ({"sparsity": "2:4", "recovery": {"method": "imp"}}, "recovery.cycles"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            Recipe.build({"model": "tiny", "recovery": {}} | change)
+        assert caught.value.field == field
