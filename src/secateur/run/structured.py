@@ -29,6 +29,7 @@ from secateur.progress import SILENT, Progress
 from secateur.recipe import Recipe
 from secateur.run.folder import RunFolder, writable
 from secateur.run.measure import measure_quality
+from secateur.run.recovered import recover_dense, recoverer_of
 from secateur.run.results import publish
 from secateur.run.session import Session, identity, prepare, resolve
 from secateur.run.structured_blocks import prune_unit_blocks
@@ -61,6 +62,7 @@ def execute_structured(
         raise UsageError(
             "structured runs use one process", field="ranks", value=session.ranks.world
         )
+    recoverer = recoverer_of(session, owned=loaded is None)
     method = cast(StructuredMethod, session.method)
     model = session.loaded.model
     keep_original_config(model)
@@ -88,6 +90,9 @@ def execute_structured(
             apply_mask(model, mask)
             shrink(model, mask)
         session.view = judged.view = ModelView.of(model, recipe.blocks)
+        recovery = None
+        if recoverer is not None:
+            recovery = recover_dense(session, recoverer, folder, quality)
         form = form_of(model)
         reopened = None
         if folder is not None:
@@ -109,6 +114,7 @@ def execute_structured(
             memory_peak=peak,
             reopened=reopened,
         )
+        report["recovery"] = recovery
         if folder is not None:
             publish(report, folder)
             folder.event("finished", delivered=report["totals"]["delivered"])
@@ -147,12 +153,12 @@ def _refuse(recipe: Recipe) -> None:
                 value=getattr(recipe, field),
                 fix=f"leave {field} out; what may be set is under 'structure' and in --option",
             )
-    if recipe.recovery is not None:
+    if recipe.recovery is not None and recipe.recovery.rounds > 1:
         raise UsageError(
-            "training follows in a run of its own",
-            field="recovery",
-            value=recipe.recovery.method,
-            fix="leave recovery out, and train the folder that this run writes",
+            "whole units are cut in one run",
+            field="recovery.cycles",
+            value=recipe.recovery.rounds,
+            fix="cycles: 1",
         )
     for field in ("include", "exclude"):
         if getattr(recipe, field):
