@@ -42,6 +42,7 @@ from secateur.training.low_rank import KINDS
 
 LIMIT = 1.3  # times plain LoRA
 RANK = 16
+MODES = ("kept", "recomputed")
 KIND_NAMES = (*KINDS, "full")
 TIMED = ("lora", "mask-lora", "scale-lora", "full")  # lora-prune trains as lora, spp as scale-lora
 
@@ -66,8 +67,10 @@ def put(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 class Ways:
     """The same model with each kind of adapter, to be stepped in turns."""
 
-    def __init__(self, model: Any, ids: Tensor, kinds: tuple[str, ...]) -> None:
-        self.model, self.ids = model, ids
+    def __init__(
+        self, model: Any, ids: Tensor, kinds: tuple[str, ...], headless: bool = False
+    ) -> None:
+        self.model, self.ids, self.headless = model, ids, headless
         view = ModelView.of(model)
         self.plain = {m.name: m.module for m in view.matrices()}
         masks = halved(view)
@@ -110,9 +113,14 @@ class Ways:
                 parameter.requires_grad_(False)
             for parameter in self.trained[kind]:
                 parameter.requires_grad_(True)
-            logits = self.model(input_ids=self.ids, use_cache=False).logits
-            sequence_loss(logits, self.ids).backward()
-            del logits
+            if self.headless:
+                hidden = self.model.model(input_ids=self.ids, use_cache=False).last_hidden_state
+                hidden.square().mean().backward()
+                del hidden
+            else:
+                logits = self.model(input_ids=self.ids, use_cache=False).logits
+                sequence_loss(logits, self.ids).backward()
+                del logits
             self.optimizers[kind].step()
             self.optimizers[kind].zero_grad(set_to_none=True)
             put(self.model, self.plain)
@@ -144,13 +152,19 @@ def child(spec: str, blocks: int | None, kind: str, samples: int, length: int) -
 
 
 def measure_time(
-    model: Any, samples: int, length: int, rounds: int, kinds: tuple[str, ...]
+    model: Any,
+    samples: int,
+    length: int,
+    rounds: int,
+    kinds: tuple[str, ...],
+    headless: bool,
+    modes: tuple[str, ...],
 ) -> dict[str, Any]:
     """Steps of all kinds in turns, with activations kept and with activations recomputed."""
-    ways = Ways(model, windows(model, samples, length), kinds)
+    ways = Ways(model, windows(model, samples, length), kinds, headless)
     out: dict[str, Any] = {}
-    for name, recompute in (("kept", False), ("recomputed", True)):
-        checkpointing(model, recompute)
+    for name in modes:
+        checkpointing(model, name == "recomputed")
         steps = {kind: ways.step(kind) for kind in kinds}
         steps["lora"]()  # what a first step sets up for good
         seconds = alternate(steps, rounds)
@@ -176,6 +190,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--headless", action="store_true", help="time the blocks alone, without head and loss"
+    )
+    parser.add_argument("--activations", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--only", choices=("time", "memory"))
     parser.add_argument("--kinds", nargs="*", default=TIMED, help="what is timed, after lora")
     parser.add_argument("--child", choices=KIND_NAMES)
@@ -203,6 +221,7 @@ def main() -> None:
         "blocks": given.blocks or None,
         "windows": list(shape),
         "rank": RANK,
+        "headless": given.headless,
         "limit": LIMIT,
     }
     if held:
@@ -212,7 +231,9 @@ def main() -> None:
         }
     if given.only != "memory":
         model = shortened(given.model, given.blocks or None)
-        figures["time"] = measure_time(model, *shape, given.rounds, kinds)
+        figures["time"] = measure_time(
+            model, *shape, given.rounds, kinds, given.headless, given.activations
+        )
     finish("adapters", figures, given.json)
 
 

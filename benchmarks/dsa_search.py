@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 import secateur
-from benchmarks.common import alternate, arguments, finish, ratio, spread, verdict
+from benchmarks.common import RESULTS, alternate, arguments, finish, ratio, spread, verdict
 from benchmarks.stories import sampled_windows, stories_folder
 from secateur.allocation import allocators
 from secateur.allocation.search.engine import Job, SearchSettings
@@ -251,9 +252,13 @@ def real_search(stories: str, budget: int, seeds: int) -> dict[str, Any]:
     return {"sparsity": 0.7, "method": "wanda", "budget": budget, "seeds": rows}
 
 
+PARTS = ("trial", "cache", "workers", "search")
+
+
 def main() -> None:
-    """Everything, one after another."""
+    """The parts asked for; figures of the others stay as they were measured before."""
     parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default="demo", help="the larger model for the cost of a trial")
     parser.add_argument("--budget", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
@@ -261,19 +266,26 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     stories = str(stories_folder())
-    print("cost of a trial")
-    cost = {
-        "stories260k": candidate_cost(stories, 16, 128, given.rounds),
-        given.model: candidate_cost(given.model, 4, 256, given.rounds),
-    }
-    print("again from the journal")
-    hits = cache_hits(stories)
-    print("two workers")
-    workers = throughput(stories, 32, 256, 16, given.rounds)
-    print("search at 70 %")
-    found = real_search(stories, given.budget, given.seeds)
-    figures = {"trial": cost, "cache": hits, "workers": workers, "search": found}
-    finish("dsa_search", figures, given.json)
+    path = given.json or RESULTS / "dsa_search.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    if "trial" in given.only:
+        print("cost of a trial")
+        name = "stories260k" if given.model == "stories" else given.model
+        cost = {"stories260k": candidate_cost(stories, 16, 128, given.rounds)}
+        if name != "stories260k":
+            cost[name] = candidate_cost(name, 4, 256, given.rounds)
+        figures["trial"] = figures.get("trial", {}) | cost
+    if "cache" in given.only:
+        print("again from the journal")
+        figures["cache"] = cache_hits(stories)
+    if "workers" in given.only:
+        print("two workers")
+        figures["workers"] = throughput(stories, 32, 256, 16, given.rounds)
+    if "search" in given.only:
+        print("search at 70 %")
+        figures["search"] = real_search(stories, given.budget, given.seeds)
+    kept = {part: figures[part] for part in PARTS if part in figures}
+    finish("dsa_search", kept, given.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Accuracy against the share of attention heads removed, on an encoder and an encoder-decoder.
 
-    python -m benchmarks.head_pruning [encoder] [seq2seq]      # writes JSON and two SVG charts
+    python -m benchmarks.head_pruning [encoder] [seq2seq]     # JSON here, charts in docs/methods
 
 No retraining, as in the paper (Michel et al. 2019). Removal is by closed gates, which is what
 surgery does to the function (tested), so a curve costs one model. Orders: by gate gradients
@@ -28,6 +28,7 @@ from secateur.methods.heads import HeadCut, head_schedule, of_kind
 from secateur.report.charts import Series, line_chart, standalone
 from tools.train_seq2seq import token_errors
 
+CHARTS = Path(__file__).parents[1] / "docs" / "methods"
 SHARES = tuple(n / 10 for n in range(1, 10))
 FEW = SHARES[1::2]
 """For the orders the first is compared with."""
@@ -248,7 +249,7 @@ def main() -> None:
         )
         own = target.with_name(f"{target.stem}_{name}.json")
         finish("head_pruning", {name: record}, own)
-        charts(name, record, own.parent)
+        charts(name, record, CHARTS)
         print(record["findings"], flush=True)
 
 

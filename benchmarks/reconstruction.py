@@ -187,18 +187,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--only", choices=("time", "memory"))
     parser.add_argument("--child", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.child:
         print(json.dumps(child(given.child)))
         return
-    figures = {
+    figures: dict[str, Any] = {
         "clock": "process CPU seconds, one thread",
         "model": given.model,
-        "memory": measure_memory(given.width),
-        "time": measure_time(given),
     }
+    if given.only != "time":
+        figures["memory"] = measure_memory(given.width)
+    if given.only != "memory":
+        figures["time"] = measure_time(given)
     finish("reconstruction", figures, given.json)
 
 

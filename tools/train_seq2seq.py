@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.evidence.objectives import IGNORED, sequence_to_sequence, shifted_right
+from secateur.data.samples import IGNORED
+from secateur.evidence.objectives import sequence_to_sequence, shifted_right
 from secateur.files import write_text
 from secateur.progress import RichProgress
 

@@ -17,8 +17,11 @@ _LAZY = {
     "prune": "secateur.api",
     "allocate": "secateur.api",
     "evaluate": "secateur.api",
+    "apply_mask": "secateur.models.mask_file",
     "recover": "secateur.api",
     "load_pruned": "secateur.export.loading",
+    "save_pruned": "secateur.export.pruned",
+    "prune_heads": "secateur.methods.heads",
     "search_plan": "secateur.run.plan_search",
     "Recipe": "secateur.recipe",
     "Result": "secateur.run.runner",
@@ -35,10 +38,13 @@ __all__ = [
     "UsageError",
     "__version__",
     "allocate",
+    "apply_mask",
     "evaluate",
     "load_pruned",
     "prune",
+    "prune_heads",
     "recover",
+    "save_pruned",
     "search_plan",
 ]
 
@@ -46,7 +52,10 @@ if TYPE_CHECKING:
     from secateur.api import allocate, evaluate, prune, recover
     from secateur.errors import SecateurError, UsageError
     from secateur.export.loading import load_pruned
+    from secateur.export.pruned import save_pruned
     from secateur.masks.target import Target
+    from secateur.methods.heads import prune_heads
+    from secateur.models.mask_file import apply_mask
     from secateur.recipe import Recipe
     from secateur.run.plan_search import search_plan
     from secateur.run.runner import Result

@@ -171,6 +171,52 @@ def test_a_dead_head_scores_exactly_nothing() -> None:
     assert (found[1:] > 0).all()
 
 
+def test_equal_heads_score_equally() -> None:
+    model, objective, batch = case("bert")
+    site = gate_sites(model)[0]
+    own = model.get_submodule(site.name).self
+    with torch.no_grad():
+        for linear in (own.query, own.key, own.value):
+            linear.weight[36:] = linear.weight[:12]
+            linear.bias[36:] = linear.bias[:12]
+        site.projection.weight[:, 36:] = site.projection.weight[:, :12]
+    found = gate_gradients(model, [site], [batch], objective)[site.name]
+    assert float(found[0]) == pytest.approx(float(found[3]), rel=1e-5)
+    assert float(found[0]) != pytest.approx(float(found[1]), rel=1e-2)
+
+
+def test_layers_that_share_a_projection_share_its_gates() -> None:
+    """ALBERT runs one layer many times: a gate acts on every run, so their derivatives add up."""
+    config = transformers.AlbertConfig(
+        hidden_size=48, embedding_size=24, num_attention_heads=4, num_hidden_layers=3,
+        intermediate_size=64, vocab_size=264,
+    )  # fmt: skip
+    model: Any = transformers.AlbertForSequenceClassification(config).eval()
+    randomise(model)
+    name, dense = next((n, m) for n, m in model.named_modules() if n.endswith("attention.dense"))
+    site = GateSite(name, dense, 4)
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([0, 1, 1])}
+    found = gate_gradients(model, [site], [batch], classification)[name]
+    for unit in range(4):
+        near, far = [
+            at(model, classification, batch, [site], {name: open_by(4, unit, h)})
+            - at(model, classification, batch, [site], {name: open_by(4, unit, -h)})
+            for h in (1e-2, 2e-2)
+        ]
+        slope = ((8 * near - far) / 0.12).abs().mean()
+        assert float(found[unit]) == pytest.approx(float(slope), rel=2e-2, abs=2e-5)
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    model, objective, batch = case("llama")
+    full = gate_gradients(model, gate_sites(model), [batch], objective)
+    half_model = model.to(torch.bfloat16)
+    half = gate_gradients(half_model, gate_sites(half_model), [batch], objective)
+    for name, value in full.items():
+        assert half[name].dtype == torch.float64
+        torch.testing.assert_close(half[name], value, rtol=0.2, atol=0.02)
+
+
 def test_permuting_heads_permutes_their_scores() -> None:
     model, objective, batch = case("bert")
     site = gate_sites(model)[0]

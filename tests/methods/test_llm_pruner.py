@@ -83,10 +83,21 @@ def test_both_routes_agree_under_every_reduction(reduction: str) -> None:
     model = tiny_model("qwen2")  # query, key and value have biases
     method = LLMPruner(reduction=reduction)  # type: ignore[arg-type]
     work = job(model)
-    blocks = method.scores(work)
+    blocks = method._by_block(work, work.groups)
     whole = importances(model, work.groups, [{"input_ids": IDS}], language_model, method=method)
     for key, value in blocks.items():
         torch.testing.assert_close(value, whole[key], rtol=1e-3, atol=1e-12)
+
+
+def test_the_route_that_holds_less_is_taken() -> None:
+    model = tiny_model("llama")
+    work = job(model)
+    few, many = (Windows(IDS[:1].repeat(n, 1), None, {}) for n in (1, 400))
+    for method in (LLMPruner(), LLMPruner(criterion="mix")):
+        work.windows = few
+        assert method.by_block_is_smaller(work, work.groups)
+        work.windows = many
+        assert not method.by_block_is_smaller(work, work.groups)
 
 
 def test_whole_groups_of_a_gqa_layer_do_not_see_their_neighbours() -> None:

@@ -85,6 +85,8 @@ def test_what_was_found_can_be_used(searched, tmp_path):
         for x in "ab"
     ]
     assert counts[0] == counts[1]
+    assert "How the plan was found" in (tmp_path / "a" / "report.html").read_text()
+    assert "How the plan was found" not in (tmp_path / "b" / "report.html").read_text()
 
 
 def test_finished_again_costs_nothing_and_a_larger_budget_goes_on(searched, monkeypatch):

@@ -181,11 +181,12 @@ def test_a_dense_model_needs_no_repair():
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_a_block_that_came_out_worse_is_put_back():
+@pytest.mark.parametrize("train", [("norms",), ("norms", "mask-lora"), ("lora-prune",), ("all",)])
+def test_a_block_that_came_out_worse_is_put_back(train):
     model, view, masks, dense = cut()
     before = copy.deepcopy(model.state_dict())
     wild = TrainSettings(steps=3, lr=3.0, batch=4, warmup=0.0, schedule="constant")
-    record = repair(view, masks, dense, ("norms",), wild)
+    record = repair(view, masks, dense, train, wild)
     assert not any(b["kept"] for b in record["blocks"])
     assert all(b["after"] == b["before"] for b in record["blocks"])
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

@@ -29,6 +29,7 @@ COMMANDS = (
     "report",
     "verify",
     "why",
+    "heads",
     "export",
     "demo",
 )

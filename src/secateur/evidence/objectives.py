@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.data.samples import IGNORED
 from secateur.errors import UsageError
 
 Batch = Mapping[str, Tensor]
 Objective = Callable[[nn.Module, Batch], Tensor]
-
-IGNORED = -100
-"""Label of a token that counts for nothing (padding), as in transformers."""
 
 
 def language_model(model: nn.Module, batch: Batch) -> Tensor:

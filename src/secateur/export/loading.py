@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def load_pruned(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """A ready transformers causal LM from a pruned folder.
+    """A ready transformers model from a pruned folder: a causal LM, or what was cut by structure.
 
     Args:
         path: a folder of ``save_pretrained``'s layout, or one with a bitmask container (its
@@ -58,7 +59,8 @@ def load_pruned(
             attn_implementation=kwargs.get("attn_implementation"),
         )
     if not (path / FILE_NAME).is_file():
-        model, info = auto.from_pretrained(
+        stock: Any = auto if manifest is None else _class_of(path, auto)
+        model, info = stock.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
@@ -83,6 +85,14 @@ def load_pruned(
     )
     _refuse_gaps(path, info)
     return model
+
+
+def _class_of(path: Path, usual: Any) -> Any:
+    """The transformers class a structurally pruned folder names: it need not be a causal LM."""
+    import transformers
+
+    names = json.loads((path / "config.json").read_text("utf-8")).get("architectures") or [""]
+    return getattr(transformers, names[0], usual)
 
 
 def _stored_type(weights: dict[str, torch.Tensor]) -> torch.dtype:

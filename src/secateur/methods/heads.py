@@ -25,7 +25,7 @@ from secateur.evidence.gates import (
     head_groups,
     sites_of,
 )
-from secateur.evidence.objectives import Batch, Objective, objective_for
+from secateur.evidence.objectives import Batch, Objective, language_model, objective_for
 from secateur.masks.structured import StructuredMask
 from secateur.methods.base import one_of
 from secateur.methods.head_selection import HeadRules, heads_asked, normalised, select_heads
@@ -202,12 +202,11 @@ class Heads(StructuredMethod):
         """Importance of every head, (n_units,) float64 by group key."""
         sites = sites_of(job.model, job.groups)
         batches = [] if self.ranking == "random" else job.samples()
-        objective = objective_for(job.model, batches[0] if batches else {})
         scores = head_scores(
             job.model,
             sites,
             batches,
-            objective,
+            language_model,
             ranking=self.ranking,
             mode=self.mode,
             normalise=self.normalise,

@@ -53,7 +53,9 @@ class LLMPruner(StructuredMethod):
 
     Gradients live for one block at a time: each block is recomputed and differentiated by
     itself, its units are scored, and its gradients are dropped before the next block's come.
-    Only the residual width needs the whole model's at once.
+    The residual width needs the whole model's at once; so does, by choice, a calibration set
+    so large that its hidden states between all blocks would take more memory than the sums of
+    all gradients.
 
     With grouped-query attention a key-value head answers for its own query heads
     [h rep, (h + 1) rep); the authors' Llama 3 script adds up heads h, h + n_kv, h + 2 n_kv...,
@@ -111,6 +113,18 @@ class LLMPruner(StructuredMethod):
         if shared:
             found |= self._whole(job, shared) if NORMS[self.criterion] else self._plain(job, shared)
         return {group.key: found[group.key] for group in job.groups}
+
+    def by_block_is_smaller(self, job: ScoreJob, groups: Iterable[Group]) -> bool:
+        """Whether the hidden states of all windows take less memory than all gradient sums."""
+        assert job.windows is not None
+        parameters = parameters_of(job.model)
+        sums = len(NORMS[self.criterion]) * sum(
+            4 * parameters[name].numel() for name in _names(groups, parameters)
+        )
+        width = job.model.get_input_embeddings().weight
+        blocks = len(ModelView.of(job.model).blocks)
+        hidden = (blocks + 1) * job.windows.ids.numel() * width.shape[1] * width.element_size()
+        return hidden <= sums
 
     def _plain(self, job: ScoreJob, groups: Iterable[Group]) -> dict[str, Tensor]:
         parameters = parameters_of(job.model)
@@ -233,9 +247,7 @@ def importances(
     method = method or LLMPruner()
     groups = list(groups)
     parameters = parameters_of(model)
-    names = [s.parameter for g in groups for s in g.slices]
-    layered = [(g, number) for g in groups if g.kind == "layer" for number in range(g.n_units)]
-    names += [n for g, number in layered for n in _matrices(g, number, parameters)]
+    names = _names(groups, parameters)
     sums = direct_sums(
         model,
         {name: parameters[name] for name in names},
@@ -255,6 +267,17 @@ def _members(group: Group, part: Slice, width: int) -> list[tuple[str, Tensor]]:
         columns = part.index.split(width, 1)
         return [(f"{name}[{n}]", index) for n, index in enumerate(columns)]
     return [(f"{name}:{part.role}:{first}", part.index)]
+
+
+def _names(groups: Iterable[Group], parameters: Mapping[str, Tensor]) -> list[str]:
+    """Every parameter the groups' importances are read from."""
+    names: dict[str, None] = {}
+    for group in groups:
+        names |= dict.fromkeys(part.parameter for part in group.slices)
+        if group.kind == "layer":
+            for number in range(group.n_units):
+                names |= dict.fromkeys(_matrices(group, number, parameters))
+    return list(names)
 
 
 def _matrices(group: Group, number: int, parameters: Mapping[str, Tensor]) -> list[str]:

@@ -153,13 +153,7 @@ def _refuse(recipe: Recipe) -> None:
                 value=getattr(recipe, field),
                 fix=f"leave {field} out; what may be set is under 'structure' and in --option",
             )
-    if recipe.recovery is not None and recipe.recovery.rounds > 1:
-        raise UsageError(
-            "whole units are cut in one run",
-            field="recovery.cycles",
-            value=recipe.recovery.rounds,
-            fix="cycles: 1",
-        )
+    _refuse_recovery(recipe)
     for field in ("include", "exclude"):
         if getattr(recipe, field):
             raise UsageError(
@@ -169,12 +163,47 @@ def _refuse(recipe: Recipe) -> None:
                 fix="structure: {kinds: [...], protect: [0, -1]}",
             )
     structure = recipe.structure
+    if structure.align and (structure.uniform or structure.round_to > 1):
+        raise UsageError(
+            "alignment moves some widths up and others down",
+            field="align",
+            value=True,
+            fix="round_to: 32 for widths that are all alike, or leave uniform and round_to out",
+        )
     if structure.ranking == "global" and (structure.uniform or structure.round_to > 1):
         raise UsageError(
             "a global ranking gives every group its own width",
             field="ranking",
             value="global",
             fix="ranking: local, or leave uniform and round_to out",
+        )
+
+
+def _refuse_recovery(recipe: Recipe) -> None:
+    """Recoveries that mean nothing, or cannot be written, where whole units are gone."""
+    spec = recipe.recovery
+    if spec is None:
+        return
+    if spec.rounds > 1:
+        raise UsageError(
+            "cycles of pruning and retraining are for masks of single weights",
+            field="recovery.method",
+            value=spec.method,
+            fix="method: perp with train: [lora], or full",
+        )
+    if spec.method == "reconstruct" and {"stem", "layer"} & set(recipe.structure.kinds or ()):
+        raise UsageError(
+            "without the same width and layers its blocks have no dense counterparts",
+            field="recovery.method",
+            value=spec.method,
+            fix="method: perp with train: [lora], or full",
+        )
+    if spec.add_biases:
+        raise UsageError(
+            "a cut model's config has no words for added biases",
+            field="recovery.add_biases",
+            value=True,
+            fix="leave it out",
         )
 
 

@@ -34,7 +34,7 @@ from secateur.progress import SILENT, Progress
 from secateur.training.adapters import AdapterOptions, Adapters
 from secateur.training.finished import FinishedBlocks
 from secateur.training.local import Local, fit_local
-from secateur.training.low_rank import Kind
+from secateur.training.low_rank import MASKED, Kind
 from secateur.training.masked import KeepZeros, check_masks, prove_zeros
 from secateur.training.perp import parts
 from secateur.training.settings import TrainSettings
@@ -238,9 +238,12 @@ class Reconstruction:
         zeros = check_masks(one, masks)
         whole = Local(block.name, lambda b: replay.run(block, b), wanted, replay.keep)
         before = whole.error()
-        kept = [(p, p.detach().clone()) for p in block.module.parameters()]
+        light = self._light(block)
+        kept = [
+            (p, p.detach().clone()) for p in block.module.parameters() if p.dim() == 1 or not light
+        ]
         if self.unit == "block":
-            trained, losses = self._train(one, masks, whole)
+            trained, losses = self._train(one, masks, whole, before if light else None)
         else:
             with _present(self.dense, dense):
                 trained, losses = self._train_matrices(one, dense, masks)
@@ -266,10 +269,28 @@ class Reconstruction:
         }
         return record, outputs
 
+    def _light(self, block: Block) -> bool:
+        """True if no matrix has to be copied to be put back.
+
+        Either none changes, or only by an adapter whose error is known before it is merged
+        (what is merged is what was trained, and is not rounded).
+        """
+        vectors = set(self.subsets) <= {"norms", "biases"}
+        exact = self.kind is None or self.kind in MASKED
+        whole = all(p.dtype == torch.float32 for p in block.module.parameters())
+        return self.unit == "block" and vectors and exact and whole
+
     def _train(
-        self, one: ModelView, masks: Mapping[str, Tensor], local: Local
+        self,
+        one: ModelView,
+        masks: Mapping[str, Tensor],
+        local: Local,
+        limit: float | None,
     ) -> tuple[int, list[float]]:
-        """Train the chosen part of one block, merge; (parameters trained, losses)."""
+        """Train the chosen part of one block, merge; (parameters trained, losses).
+
+        With ``limit`` an adapter that leaves a larger error than that is not merged.
+        """
         block = one.blocks[0]
         chosen = choose(one, self.subsets, within=block.module)
         adapters = None
@@ -281,7 +302,10 @@ class Reconstruction:
             with in_float32(named.values()):
                 losses = self._fit(local, named, one, masks, adapters)
             if adapters is not None:
-                adapters.merge()
+                if limit is None or local.error() <= limit:
+                    adapters.merge()
+                else:
+                    adapters.detach()
             chosen.finish()
         except BaseException:
             if adapters is not None:
