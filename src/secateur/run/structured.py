@@ -29,7 +29,7 @@ from secateur.progress import SILENT, Progress
 from secateur.recipe import Recipe
 from secateur.run.folder import RunFolder, writable
 from secateur.run.measure import measure_quality
-from secateur.run.recovered import recoverer_of
+from secateur.run.recovered import recover_dense, recoverer_of
 from secateur.run.results import publish
 from secateur.run.session import Session, identity, prepare, resolve
 from secateur.run.structured_blocks import prune_unit_blocks
@@ -92,12 +92,7 @@ def execute_structured(
         session.view = judged.view = ModelView.of(model, recipe.blocks)
         recovery = None
         if recoverer is not None:
-            before_it = quality()
-            recoverer.view = session.view
-            with session.timed("recovery"):
-                recoverer.structure()
-                where = None if folder is None else folder.inner / "recovery"
-                recovery = {**recoverer.recover({}, where), "before": before_it}
+            recovery = recover_dense(session, recoverer, folder, quality)
         form = form_of(model)
         reopened = None
         if folder is not None:
