@@ -9,12 +9,14 @@
 3. Plans a second with two worker processes against one, wall time, both pools warm, in turns.
    It depends on the cores that are free: the load of the machine is recorded beside it.
 4. A search at 70 % on stories260k, three seeds: calibrated and searched on stories the model
-   wrote itself, measured on others and on its published samples, beside uniform, OWL and the
-   published function.
+   wrote itself, measured on others and on its published samples, beside uniform, OWL, ATP and the
+   published function. Also with ``propagate: dense``, where a run's masks are those searched on
+   (otherwise each block's scores are gathered anew behind the blocks pruned before it).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -24,8 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import secateur
-from benchmarks.common import alternate, arguments, finish, ratio, spread, verdict
+from benchmarks.common import RESULTS, alternate, arguments, finish, ratio, spread, verdict
 from benchmarks.stories import sampled_windows, stories_folder
 from secateur.allocation import allocators
 from secateur.allocation.search.engine import Job, SearchSettings
@@ -35,6 +36,7 @@ from secateur.models.loading import load
 from secateur.recipe import Recipe
 from secateur.run.plan_search import search_plan
 from secateur.run.planning import problem_of
+from secateur.run.runner import execute
 from secateur.run.session import Session, prepare
 from secateur.run.trial_of import search_windows, sorted_scores
 from secateur.run.trials import Trials
@@ -230,30 +232,31 @@ def real_search(stories: str, budget: int, seeds: int) -> dict[str, Any]:
             row: dict[str, Any] = {"seed": seed, "search": searched, "perplexity": {}}
             for label, allocation in allocations.items():
                 row["perplexity"][label] = {}
-                for where, text in (
-                    ("held-out stories", folder / "held.txt"),
-                    ("published", published),
+                for where, text, propagate in (
+                    ("held-out stories", folder / "held.txt", "pruned"),
+                    ("published samples", published, "pruned"),
+                    ("held-out, the masks searched on", folder / "held.txt", "dense"),
                 ):
-                    evaluation = {**recipe["evaluation"], "text": str(text), "speed": False}
-                    result = secateur.prune(
-                        stories,
-                        **{**recipe, "model": None, "calibration": recipe["calibration"]["text"]}
-                        | {"samples": 32, "length": 128, "seed": seed, "evaluation": evaluation,
-                           "allocation": allocation},
-                    )  # fmt: skip
-                    value = result.report["quality"]["pruned"]["perplexity"]
-                    row["perplexity"][label][where] = round(value, 3)
-                    row["dense"] = row.get("dense", {}) | {
-                        where: round(result.report["quality"]["dense"]["perplexity"], 3)
+                    changes = {
+                        "allocation": allocation,
+                        "propagate": propagate,
+                        "evaluation": {**recipe["evaluation"], "text": str(text), "speed": False},
                     }
+                    quality = execute(Recipe.build({**recipe, **changes})).report["quality"]
+                    row["perplexity"][label][where] = round(quality["pruned"]["perplexity"], 2)
+                    row.setdefault("dense", {})[where] = round(quality["dense"]["perplexity"], 3)
                 print(f"  seed {seed}  {label:18} {row['perplexity'][label]}", flush=True)
             rows.append(row)
     return {"sparsity": 0.7, "method": "wanda", "budget": budget, "seeds": rows}
 
 
+PARTS = ("trial", "cache", "workers", "search")
+
+
 def main() -> None:
-    """Everything, one after another."""
+    """The parts asked for; figures of the others stay as they were measured before."""
     parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default="demo", help="the larger model for the cost of a trial")
     parser.add_argument("--budget", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
@@ -261,19 +264,26 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     stories = str(stories_folder())
-    print("cost of a trial")
-    cost = {
-        "stories260k": candidate_cost(stories, 16, 128, given.rounds),
-        given.model: candidate_cost(given.model, 4, 256, given.rounds),
-    }
-    print("again from the journal")
-    hits = cache_hits(stories)
-    print("two workers")
-    workers = throughput(stories, 32, 256, 16, given.rounds)
-    print("search at 70 %")
-    found = real_search(stories, given.budget, given.seeds)
-    figures = {"trial": cost, "cache": hits, "workers": workers, "search": found}
-    finish("dsa_search", figures, given.json)
+    path = given.json or RESULTS / "dsa_search.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    if "trial" in given.only:
+        print("cost of a trial")
+        name = "stories260k" if given.model == "stories" else given.model
+        cost = {"stories260k": candidate_cost(stories, 16, 128, given.rounds)}
+        if name != "stories260k":
+            cost[name] = candidate_cost(name, 4, 256, given.rounds)
+        figures["trial"] = figures.get("trial", {}) | cost
+    if "cache" in given.only:
+        print("again from the journal")
+        figures["cache"] = cache_hits(stories)
+    if "workers" in given.only:
+        print("two workers")
+        figures["workers"] = throughput(stories, 32, 256, 16, given.rounds)
+    if "search" in given.only:
+        print("search at 70 %")
+        figures["search"] = real_search(stories, given.budget, given.seeds)
+    kept = {part: figures[part] for part in PARTS if part in figures}
+    finish("dsa_search", kept, given.json)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
 
 
+def read_yaml(text: str) -> Any:
+    """What the YAML says, with ``2:4`` and ``64:8`` as written."""
+    return yaml.load(text, Loader=_Loader)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -177,6 +182,9 @@ class Recovery(_Part):
     validate_every: int = Field(50, ge=1, description="steps between such looks")
     precision: Literal["auto", "no", "bf16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it"
+    )
+    shard: bool = Field(
+        False, description="share weights out over the processes of torchrun (FSDP)"
     )
     checkpointing: bool = Field(
         False, description="compute activations again in backward: less memory, more time"
@@ -356,7 +364,7 @@ class Recipe(_Part):
     def load(cls, path: Path, **override: Any) -> Recipe:
         """Read a YAML recipe; ``override`` replaces top-level keys."""
         try:
-            values = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+            values = read_yaml(path.read_text("utf-8"))
         except OSError as error:
             raise UsageError(
                 f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)

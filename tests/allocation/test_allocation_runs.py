@@ -63,6 +63,18 @@ def test_every_method_follows_an_uneven_plan(method, sparsity):
         assert len(kept) > 1
 
 
+def test_an_uneven_plan_foretells_no_2_4_storage(tiny_folder, tmp_path):
+    """Half of its matrices keep one or three of four, which no 2:4 kernel can store."""
+    settings = {**SETTINGS, "sparsity": "2:4", "method": "magnitude"}
+    model = str(tiny_folder("llama"))
+    even = secateur.prune(model, out=tmp_path / "even", **settings)
+    steep = {"name": "incremental", "width": 0.6, "shape": "linear"}
+    odd = secateur.prune(model, out=tmp_path / "odd", allocation=steep, **settings)
+    assert len({m["scope"] for m in _modules(odd)}) > 1
+    assert even.report["size"]["disk"]["semi_structured"]
+    assert not odd.report["size"]["disk"].get("semi_structured")
+
+
 def _modules(result):
     return result.report["modules"]
 

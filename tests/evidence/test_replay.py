@@ -150,6 +150,7 @@ def test_moments_do_not_depend_on_the_batching(split):
     assert total.tokens == 40
     torch.testing.assert_close(total.second_moment(), whole.second_moment(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total.mean_square(), x.square().mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total.mean(), x.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_broken_activations_name_the_block():

@@ -49,7 +49,13 @@ def test_uneven_shapes_are_no_gguf(tmp_path: Path) -> None:
     assert not (tmp_path / "m.gguf").exists()
 
 
-@pytest.mark.parametrize("structure", [None, {"kinds": ["head", "ffn"], "ranking": "global"}])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        {"kinds": ["head", "ffn"], "ranking": "global"},
+    ],
+)
 def test_onnx_gives_the_same_logits(structure: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from secateur.cli.common import read_options
 from secateur.errors import UsageError
 from secateur.evidence.statistics import InputMoments
 from secateur.methods.slimgpt import SlimGPT
@@ -142,3 +143,9 @@ def test_a_group_that_would_be_emptied_is_refused(size):
 def test_bad_options_name_the_option(option, value):
     with pytest.raises(UsageError, match=option):
         SlimGPT.with_options({option: value})
+
+
+def test_a_schedule_on_the_command_line_is_read_as_written():
+    """YAML 1.1 takes 64:8 for 64 x 60 + 8."""
+    options = read_options(["group_size=64:8", "compensate=false"])
+    assert SlimGPT.with_options(options) == SlimGPT(group_size="64:8", compensate=False)

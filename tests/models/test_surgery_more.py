@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from structured_cases import inputs_of, model_of, outputs, random_mask
 
 from secateur.errors import SecateurError, UsageError
@@ -101,6 +103,30 @@ def test_cutting_twice_is_cutting_once(family: str) -> None:
     inputs = inputs_of(once)
     torch.testing.assert_close(
         outputs(twice, **inputs), outputs(once, **inputs), rtol=1e-3, atol=1e-4
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_any_mask(data: st.DataObject) -> None:
+    """Whatever units go, in any layers, cutting them out is zeroing them."""
+    model = model_of("qwen2")
+    mask = StructuredMask()
+    for group in units_of(model, ("head", "ffn", "stem"), "duplicate"):
+        n = group.n_units
+        size = data.draw(st.integers(0, n - 1))
+        chosen = data.draw(st.permutations(range(n)))[:size]
+        gone = torch.zeros(n, dtype=torch.bool)
+        gone[torch.tensor(chosen, dtype=torch.long)] = True
+        mask.remove(group, gone)
+        if group.kind == "head":
+            mask.duplicated.add(group.key)
+    masked = deepcopy(model)
+    apply_mask(masked, mask)
+    shrink(model, mask)
+    inputs = inputs_of(model)
+    torch.testing.assert_close(
+        outputs(model, **inputs), outputs(masked, **inputs), rtol=1e-3, atol=1e-4
     )
 
 

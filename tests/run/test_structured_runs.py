@@ -81,6 +81,10 @@ def test_uneven_widths_need_a_manifest(tmp_path: Path) -> None:
     widths = {r["after"] for r in result.report["structure"]["groups"] if r["kind"] == "ffn"}
     assert len(widths) > 1
     assert "checks" in verify_run(tmp_path / "a")
+    for page in ("report.html", "report.md"):
+        text = (tmp_path / "a" / page).read_text()
+        assert "What is left of each group" in text
+        assert "secateur.load" in text
 
 
 def test_uniform_is_a_stock_checkpoint_even_where_heads_do_not_divide(tmp_path: Path) -> None:
@@ -136,6 +140,46 @@ def test_chained_runs_count_in_the_original_model(tmp_path: Path) -> None:
     assert structure_of(again) == after
     torch.testing.assert_close(logits(again), logits(second.model))
     verify_run(tmp_path / "b")
+
+
+def test_single_weights_of_a_cut_model(tmp_path: Path) -> None:
+    """A structured folder is a model like any other: prune its weights, and it still opens."""
+    run(out=tmp_path / "a", structure={"ranking": "global"}, sparsity=0.4)
+    second = run(str(tmp_path / "a"), out=tmp_path / "b", method="wanda", sparsity=0.5)
+    again = secateur.load_pruned(tmp_path / "b")
+    torch.testing.assert_close(logits(again), logits(second.model))
+    assert structure_of(again) == structure_of(second.model)
+    assert verify_run(tmp_path / "b")["masked"] > 0
+    with pytest.raises(UsageError, match="shapes of their own"):
+        run(str(tmp_path / "a"), out=tmp_path / "c", method="magnitude", stream=True)
+
+
+def test_training_follows_a_cut(tmp_path: Path) -> None:
+    """The cut folder is trained by a run that removes nothing more."""
+    run(out=tmp_path / "a", structure={"ranking": "global"}, sparsity=0.4)
+    result = run(
+        str(tmp_path / "a"),
+        out=tmp_path / "b",
+        method="magnitude",
+        sparsity=0.0,
+        recovery={"method": "lora", "steps": 3, "length": 24, "rank": 2},
+    )
+    again = secateur.load_pruned(tmp_path / "b")
+    torch.testing.assert_close(logits(again), logits(result.model), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(logits(again), logits(secateur.load_pruned(tmp_path / "a")))
+
+
+def test_why_and_plan_speak_plainly(tmp_path: Path) -> None:
+    from secateur.recipe import Recipe
+    from secateur.run.forecast import forecast
+    from secateur.run.results import explain
+
+    run(out=tmp_path / "a")
+    assert explain(tmp_path / "a", "layers.1.mlp")["matches"][0]["sparsity"] == 0.5
+    with pytest.raises(UsageError, match="no such group"):
+        explain(tmp_path / "a", "nothing")
+    with pytest.raises(UsageError, match="planned in its run"):
+        forecast(Recipe.build({"model": "tiny", "method": "unit-magnitude"}))
 
 
 def test_blocks_driver_repairs_and_resumes(tmp_path: Path, monkeypatch: Any) -> None:
@@ -219,6 +263,7 @@ def test_rounds_resume(tmp_path: Path) -> None:
         ({"structure": {"at_least": 3}}, "only 2 key-value groups"),
         ({"structure": {"ranking": "global", "uniform": True}}, "its own width"),
         ({"structure": {"kinds": ["head"], "gqa": "even", "ranking": "global"}}, "evenly"),
+        ({"structure": {"align": True, "round_to": 8}}, "alignment moves"),
         ({"structure": {"width": 3}}, "no such setting"),
         ({"method": "least-squares", "structure": {"kinds": ["stem"]}}, "does not cut stem"),
     ],
@@ -238,6 +283,8 @@ def test_multi_query_has_no_groups() -> None:
 
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     run(out=tmp_path / "a", structure={"ranking": "global"}, sparsity=0.4)
+    with pytest.raises(UsageError, match="built from its manifest"):
+        secateur.load_pruned(tmp_path / "a", device_map="auto")
     path = tmp_path / "a" / "pruning_manifest.json"
     good = json.loads(path.read_text())
 

@@ -235,6 +235,9 @@ def test_a_run_with_a_searching_allocator(tiny_folder, options):
     )
     assert result.report["totals"]["delivered"] == pytest.approx(0.5, abs=1e-4)
     assert any("search split" in note for note in result.report["notes"])
+    if options["name"] == "dsa":
+        search = result.report["allocation"]["provenance"]["search"]
+        assert search["history"][-1]["best"] <= search["start"]
     given = torch.randint(0, 60, (6, 32), generator=torch.Generator().manual_seed(0))
     again = secateur.prune(
         tiny_folder("llama"), sparsity=0.5, calibration=given, allocation=options

@@ -130,7 +130,7 @@ class ALS(Allocator):
     width: float = 0.1
     components: bool = True
     component_feature: Literal["input", "output"] = "output"
-    component_tokens: int = 512
+    component_tokens: int = 256
     component_width: float = 0.05
 
     def __post_init__(self) -> None:

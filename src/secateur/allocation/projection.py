@@ -120,10 +120,19 @@ def _solve(
     moving = [i for i, s in enumerate(slope) if s > 0]
     if not moving:
         return at(0.0)
+    # Where no bound is met the sum is linear in t: no bisection (searches come here thousands of times).
+    gain = sum(sizes[i] * slope[i] for i in moving)
+    if gain > 0:
+        t = (budget - _weighted(base, sizes)) / gain
+        free_ratios = [b + t * s for b, s in zip(base, slope, strict=True)]
+        if free_ratios == at(t):
+            return free_ratios
     left = min((lows[i] - base[i]) / slope[i] for i in moving)
     right = max((highs[i] - base[i]) / slope[i] for i in moving)
     for _ in range(_STEPS):
         middle = (left + right) / 2
+        if middle in (left, right):
+            break
         if _weighted(at(middle), sizes) < budget:
             left = middle
         else:

@@ -107,13 +107,15 @@ def read_options(pairs: list[str] | None) -> dict[str, Any] | None:
         return None
     import yaml
 
+    from secateur.recipe import read_yaml
+
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError("an option is NAME=VALUE", field="option", value=pair)
         try:
-            options[name] = yaml.safe_load(value)
+            options[name] = read_yaml(value)
         except yaml.YAMLError:
             raise UsageError("the value is not YAML", field=name, value=value) from None
     return options

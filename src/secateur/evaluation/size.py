@@ -53,7 +53,8 @@ def predicted_bytes(
 
     Args:
         masks: (d_out, d_in) bool each, True where pruned.
-        target: the request; 2:4 storage is only foretold for ``2:4``.
+        target: the request; 2:4 storage is only foretold for ``2:4``, and only where every
+            matrix keeps half (an uneven plan mixes patterns).
 
     Returns:
         ``bitmask``: kept values, one bit per weight and four bytes per row
@@ -69,6 +70,7 @@ def predicted_bytes(
         kept = mask.numel() - int(mask.count_nonzero())
         bitmask += kept * itemsize + rows * ((mask.shape[-1] + 7) // 8 + 4)
     halves = None
-    if target is not None and (target.keep, target.group) == (2, 4):
+    even = all(2 * int(mask.count_nonzero()) == mask.numel() for mask in masks.values())
+    if target is not None and (target.keep, target.group) == (2, 4) and even:
         halves = dense - pruned + pruned // 2 + sum(mask.numel() for mask in masks.values()) // 8
     return {"bitmask": dense - pruned + bitmask, "semi_structured": halves}

@@ -137,7 +137,7 @@ class MatrixRedundancy(Reading):
     name = "matrix-redundancy"
 
     feature: Literal["input", "output"] = "output"
-    tokens: int = 512
+    tokens: int = 256
     normalise: Normalise = "centre"
 
     @property

@@ -55,6 +55,7 @@ class ScoreSummary:
         self.bins = torch.zeros(BINS, dtype=torch.int64)
         self.sums = torch.zeros(BINS, dtype=torch.float64)
         self._above: dict[float, int] = {}
+        self._points: tuple[Values, Values] | None = None
 
     # -- gathering -----------------------------------------------------------------------------
 
@@ -66,6 +67,7 @@ class ScoreSummary:
             NumericsError: one is NaN, infinite or negative; ``name`` says whose.
         """
         self._above.clear()  # they belonged to another mean
+        self._points = None
         for flat in scores.detach().reshape(-1).split(_PIECE):
             self._add(flat.to(torch.float32), name)
 
@@ -102,6 +104,7 @@ class ScoreSummary:
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.bins, self.sums = self.bins + other.bins, self.sums + other.sums
         self._above.clear()
+        self._points = None
 
     @torch.no_grad()
     def count_outliers(self, scores: Iterable[Tensor], multiples: Sequence[float]) -> None:
@@ -137,7 +140,12 @@ class ScoreSummary:
         return self.count == self.zeros or (not self.zeros and self.low == self.high)
 
     def points(self) -> tuple[Values, Values]:
-        """Mean score of each bin and how many it stands for, both (n,) float64; zeros first."""
+        """Mean score of each bin and how many it stands for, both (n,) float64; zeros first.
+
+        Kept until more scores come: do not write to them.
+        """
+        if self._points is not None:
+            return self._points
         index = torch.nonzero(self.bins).squeeze(1)
         weights = self.bins[index].double().numpy()
         # Clipping undoes the rounding of the division: a constant stays itself.
@@ -146,7 +154,8 @@ class ScoreSummary:
         if self.zeros:
             means = np.concatenate([[0.0], means])
             weights = np.concatenate([[float(self.zeros)], weights])
-        return means, weights
+        self._points = (means, weights)
+        return self._points
 
     def outlier_ratio(self, multiple: float) -> float:
         """The share of scores above ``multiple`` times their mean.

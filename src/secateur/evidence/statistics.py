@@ -48,7 +48,7 @@ class InputMoments:
     ``diagonal`` holds sum_t x_tj^2 and, when asked for, ``gram`` holds X^T X (d_in, d_in).
     Padded tokens are left out by giving ``keep``. Accumulated in float32 per batch.
 
-    ``total`` holds sum_t x_t (d_in,); None where the moments were read from a store.
+    ``total`` holds sum_t x_t (d_in,), beside ``gram`` only, and not where it was read from a store.
 
     ``cross``, if gathered, is X_dense^T X (d_in, d_in): the same tokens' inputs in the dense
     model against those in the model pruned so far.
@@ -62,7 +62,7 @@ class InputMoments:
         self.gram: Tensor | None = (
             torch.zeros(features, features, dtype=torch.float32, device=device) if gram else None
         )
-        self.total: Tensor | None = torch.zeros(features, dtype=torch.float32, device=device)
+        self.total: Tensor | None = torch.zeros(features, device=device) if gram else None
         self.cross: Tensor | None = None
         # (tokens, damping, factor): the last factor made from these sums (methods.factors)
         self.solved: tuple[int, float, Any] | None = None

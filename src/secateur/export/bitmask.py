@@ -121,6 +121,7 @@ def export_bitmask(
         VerificationError: a pruned weight is not zero, or the copy differs.
     """
     source = ModelFolder(folder, masks)
+    source.require_stock()
     if not source.masks:
         raise UsageError(
             "there are no masks, so nothing says which zeros were pruned",

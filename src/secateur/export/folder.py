@@ -53,6 +53,18 @@ class ModelFolder:
     def __init__(self, path: Path | str, masks: Mapping[str, Tensor] | None = None) -> None:
         self.path = Path(path)
         self.config = read_config(self.path)
+        self.tensors = TensorFiles(weight_files(self.path))
+        if masks is None and (self.path / MASK_FILE).is_file():
+            masks = load_masks(self.path)
+        self.masks: Mapping[str, Tensor] = {} if masks is None else masks
+        self._sources = _locate(self.masks, set(self.tensors.names()))
+
+    def require_stock(self) -> None:
+        """Refuse a folder whose config does not say its shapes.
+
+        Raises:
+            UsageError: naming what stands in the way.
+        """
         manifest = read_manifest(self.path)
         if manifest is not None and not manifest["stock"]:
             raise UsageError(
@@ -61,11 +73,6 @@ class ModelFolder:
                 value=str(self.path),
                 fix="prune with structure: {uniform: true}, or use --format onnx",
             )
-        self.tensors = TensorFiles(weight_files(self.path))
-        if masks is None and (self.path / MASK_FILE).is_file():
-            masks = load_masks(self.path)
-        self.masks: Mapping[str, Tensor] = {} if masks is None else masks
-        self._sources = _locate(self.masks, set(self.tensors.names()))
 
     def mask(self, tensor: str) -> Tensor | None:
         """The mask of a stored tensor, in the tensor's own shape; None if it was not pruned."""

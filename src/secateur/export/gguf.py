@@ -59,6 +59,7 @@ def export_gguf(
             "not a type to write", field="dtype", value=dtype, fix=f"one of {', '.join(_TYPES)}"
         )
     source = ModelFolder(folder)
+    source.require_stock()
     source.check_masks()
     config = source.config
     arch = _architecture(config)

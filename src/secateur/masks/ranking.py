@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.errors import UsageError
 from secateur.masks.selection import band_counts, bands, refuse_nan
-from secateur.masks.target import Cut, Scope, spread
+from secateur.masks.target import Cut, Scope
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ class Ranking:
         """``select(score, cut)``: (d_out, d_in) bool, True where the weight goes."""
         if cut.keep is not None and cut.group is not None:
             return self.places < cut.group - cut.keep
-        rows, columns = cut.shape
+        rows = cut.shape[0]
         if self.scope.kind == "row":
-            counts = torch.tensor(spread(cut.count, [columns] * rows), device=self.places.device)
-            return self.places < counts.to(self.places.dtype).unsqueeze(1)
+            # spread(cut.count, [columns] * rows), a search being in a hurry
+            upto = torch.arange(rows + 1, device=self.places.device) * cut.count // max(1, rows)
+            return self.places < upto.diff().to(self.places.dtype).unsqueeze(1)
         if self.scope.kind == "block":
             widths = [b - a for a, b in bands(cut)]
             counts = torch.tensor(band_counts(cut), dtype=torch.int32)

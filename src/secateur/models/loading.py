@@ -124,6 +124,16 @@ def load(
         words = _tokenizer(source, trust_remote_code) if tokenizer else None
         if stream:
             from secateur.models.streaming import StreamedModel
+            from secateur.models.structured_saving import read_manifest
+
+            manifest = read_manifest(source.folder)
+            if manifest is not None and not manifest["stock"]:
+                raise UsageError(
+                    "its layers have shapes of their own, and streaming builds stock ones",
+                    field="stream",
+                    value=True,
+                    fix="load it whole, or prune with structure: {uniform: true}",
+                )
 
             streamed = StreamedModel.open(
                 source.folder, config, kind, where, trust_remote_code, blocks

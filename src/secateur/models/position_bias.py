@@ -19,13 +19,13 @@ from secateur.models.unit_search import AttentionLayout, Layout
 _TABLE = "relative_attention_bias"
 
 
-class _Kept(nn.Module):
-    """Positions of a layer's heads in the bias that all layers share (moves with the model)."""
+class _Kept:
+    """Positions of a layer's heads in the bias that all layers share."""
 
-    def __init__(self, positions: list[int], total: int, start: str = "") -> None:
-        super().__init__()
+    def __init__(self, positions: list[int], total: int) -> None:
         self.positions = positions
         self.total = total
+        self.whole: Tensor | None = None
 
 
 class AlibiOfKeptHeads(_Kept):
@@ -57,13 +57,14 @@ class BiasOfKeptHeads(_Kept):
         whole = kwargs.get("position_bias")
         if whole is None:
             whole = _compute(module, args[0] if args else kwargs["hidden_states"], kwargs)
-        self.__dict__["whole"] = whole
+        self.whole = whole
         kept = torch.tensor(self.positions, device=whole.device)
         return args, {**kwargs, "position_bias": whole.index_select(1, kept)}
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Hand the whole bias on to the next layer."""
-        return (output[0], self.__dict__.pop("whole"), *output[2:])
+        whole, self.whole = self.whole, None
+        return (output[0], whole, *output[2:])
 
 
 class NoSharedBias(_Kept):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.files import told_plainly
 from secateur.models.anatomy import Block, ModelView
 from secateur.models.shards import WEIGHTS, write_shard
+from secateur.models.state import own_use_cache
 
 
 def checkpoint_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,6 +99,9 @@ def save_config_and_tokenizer(
     source: Any = model
     config = deepcopy(source.config)
     config.architectures = [architecture or type(model).__name__]
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if getattr(part, "use_cache", None) is False:
+            part.use_cache = own_use_cache(model, False)
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if dtype is not None:
         config.dtype = str(dtype).removeprefix("torch.")

@@ -10,6 +10,8 @@ from torch import nn
 
 from secateur.models.anatomy import text_config
 
+_BORROWED = "use_cache_before"
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
@@ -31,6 +33,8 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         id(c): c for c in (getattr(model, "config", None), text_config(model))
     }
     caches = [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]
+    before = model.__dict__.get(_BORROWED)
+    model.__dict__[_BORROWED] = before or [flag for _, flag in caches]
     try:
         model.eval()
         for config, _ in caches:
@@ -43,10 +47,20 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = flag
         for config, flag in caches:
             config.use_cache = flag
+        if before is None:
+            del model.__dict__[_BORROWED]
+        else:
+            model.__dict__[_BORROWED] = before
         for module, name, flag in wanted:
             parameter_now = module._parameters.get(name)
             if parameter_now is not None:
                 parameter_now.requires_grad_(flag)
+
+
+def own_use_cache(model: nn.Module, flag: bool) -> bool:
+    """``use_cache`` as the model's own config says it, also while it is borrowed."""
+    borrowed = model.__dict__.get(_BORROWED)
+    return bool(borrowed[0]) if borrowed else flag
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 
 from secateur.files import finite, write_json, write_text
-from secateur.report import allocation_charts, facts, figures, structure, words
+from secateur.report import allocation_charts, facts, figures, search_chart, structure, words
 
 
 def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
@@ -49,6 +49,7 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
             "errors": figures.error_chart(result),
             "sparsity": figures.sparsity_chart(result),
             "allocation": allocation_charts.of_run(result),
+            "search": search_chart.of_run(result),
             "widths": structure.widths_chart(result),
             "output_errors": figures.output_error_chart(result),
             "bytes": figures.bytes_chart(result),

@@ -10,8 +10,9 @@ from torch import Tensor
 from secateur.allocation.plan import Plan
 from secateur.errors import VerificationError
 from secateur.masks.store import merge_masks
-from secateur.models.saving import cast, outside_state, save_config_and_tokenizer
+from secateur.models.saving import cast, outside_state
 from secateur.models.shards import write_index, write_shard
+from secateur.models.structured_saving import Form, save_words
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
 
@@ -38,10 +39,15 @@ def finish_checkpoint(session: Session, folder: RunFolder) -> None:
         "scope": str(session.scope),
     }
     merge_masks(shards, folder.path / MASKS, metadata)
-    save_config_and_tokenizer(
-        session.loaded.model, session.loaded.tokenizer, folder.path, session.loaded.stored
-    )
+    save_form(session, folder)
     write_index(folder.path, weight_map, size)
+
+
+def save_form(session: Session, folder: RunFolder, form: Form | None = None) -> None:
+    """Config and tokenizer; of a model that lost units, now or before, the manifest too."""
+    facts = {"method": session.recipe.method, "target": str(session.recipe.target)}
+    loaded = session.loaded
+    save_words(folder.path, loaded.model, loaded.tokenizer, facts, loaded.stored, form)
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from secateur.allocation.plan import uniform
+from secateur.errors import UsageError
 from secateur.methods import Need
+from secateur.methods.structured_base import StructuredMethod
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import load
 from secateur.progress import SILENT, Progress
@@ -24,6 +26,13 @@ def forecast(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
     estimate (often off by a factor of two), the counts are exact.
     """
     method, scope, update = resolve(recipe)
+    if isinstance(method, StructuredMethod):
+        raise UsageError(
+            "removes whole units, which are planned in its run",
+            field="method",
+            value=recipe.method,
+            fix="secateur prune ...; its plan is DIR/secateur/plan.json",
+        )
     loaded = load(
         recipe.model,
         dtype=recipe.dtype,

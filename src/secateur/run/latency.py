@@ -90,19 +90,23 @@ def first_units_gone(model: Any, groups: Sequence[Group], cuts: Mapping[str, Uni
     return smaller
 
 
-def width_seconds(d_model: int, matrices: int, tokens: int) -> Callable[[int], float]:
+def width_seconds(
+    d_model: int, matrices: int, tokens: int, device: torch.device
+) -> Callable[[int], float]:
     """Measured seconds of an MLP's products at a width (``matrices`` of width x d_model)."""
 
     def seconds(width: int) -> float:
-        x = torch.randn(tokens, d_model)
-        up = torch.randn(width, d_model)
-        down = torch.randn(d_model, width)
+        x = torch.ones(tokens, d_model, device=device)
+        up = torch.ones(width, d_model, device=device)
+        down = torch.ones(d_model, width, device=device)
         times = []
         for turn in range(8):
             start = time.perf_counter()
             for _ in range(matrices - 1):
                 hidden = x @ up.T
             hidden @ down.T
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if turn:
                 times.append(time.perf_counter() - start)
         return median(times)
@@ -126,6 +130,7 @@ def align_widths(
     ffn = [g for g in groups if g.kind == "ffn" and g.n_units % tile == 0]
     widths = [g.n_units - cuts[g.key].removed for g in ffn]
     known: dict[tuple[int, int, int], float] = {}
+    device = next(model.parameters()).device
 
     def benefit(index: int, width: int) -> float:
         group = ffn[index]
@@ -133,7 +138,7 @@ def align_widths(
         d_model = group.weights // max(1, matrices)
         key = (d_model, matrices, width)
         if key not in known:
-            known[key] = width_seconds(d_model, matrices, structure.context)(width)
+            known[key] = width_seconds(d_model, matrices, structure.context, device)(width)
         return known[key]
 
     with progress.stage("timing widths"):

@@ -18,7 +18,7 @@ import torch
 from secateur import __version__
 from secateur.allocation.dsa.allocator import DSA, SEEDS, function_space
 from secateur.allocation.dsa.presets import save_preset
-from secateur.allocation.search.engine import Evolution, Search, SearchSettings, Space
+from secateur.allocation.search.engine import Evolution, Search, SearchSettings, Space, trace
 from secateur.allocation.search.executors import executor
 from secateur.allocation.search.journal import Journal
 from secateur.allocation.search.spaces import FunctionSpace, RatioSpace
@@ -122,7 +122,7 @@ def search_plan(
         **{k: v for k, v in asdict(settings).items() if k != "budget"},
     }
     with RunFolder(out, identity, fresh=fresh) as folder:
-        problem = problem_of(session, (allocator,))
+        problem = problem_of(session, (allocator,), folder.inner / "evidence")
         kept = folder.inner / "trials"
         rankings, blocks = _scores(session, allocator, problem.scores, kept)
         if not (kept / "rankings.safetensors").exists():
@@ -258,10 +258,10 @@ class _Writer(Generic[G]):
             "history": search.history,
         }
         provenance = {k: v for k, v in record.items() if k not in ("history", "finished")}
+        made = {**provenance, "history": trace(search.history)}
         plan = plan_of_counts(best.plan, self.session.shapes, self.session.recipe.target)
-        plan = replace(
-            plan, provenance={"allocator": f"search of {self.about['space']}", **provenance}
-        )
+        name = f"search of {self.about['space']}"
+        plan = replace(plan, provenance={"allocator": name, "search": made})
         write_json(self.out / "search.json", record)
         write_json(self.out / "plan.json", plan.record())
         if self.about["space"] == "dsa":

@@ -115,6 +115,8 @@ def explain(folder: Path, module: str) -> dict[str, Any]:
     """What a run remembers of one matrix, or all whose name contains ``module``."""
     report = read_result(folder)
     modules = report["modules"]
+    if report.get("structure"):
+        return _explain_group(report, module)
     exact = [m for m in modules if m["name"] == module]
     found = exact or [m for m in modules if module in m["name"]]
     if not found:
@@ -145,3 +147,17 @@ def explain(folder: Path, module: str) -> dict[str, Any]:
         "rank": 1 + sum(e > own for e in errors),
         "modules": len(modules),
     }
+
+
+def _explain_group(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a structured run remembers of the groups whose name contains ``name``."""
+    groups = report["structure"]["groups"]
+    found = [g for g in groups if g["name"] == name] or [g for g in groups if name in g["name"]]
+    if not found:
+        raise UsageError(
+            "the run has no such group", field="module", value=name, fix=f"e.g. {groups[0]['name']}"
+        )
+    rows = [
+        {"name": g["name"], "sparsity": g["removed"] / g["before"], "error": None} for g in found
+    ]
+    return {"matches": rows, "groups": found}

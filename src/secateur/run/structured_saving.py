@@ -10,11 +10,11 @@ import torch
 from secateur.errors import VerificationError
 from secateur.export.huggingface import TOLERANCES, compare_logits, reference_logits
 from secateur.export.loading import load_pruned
-from secateur.models.saving import block_state, cast, outside_state, save_config_and_tokenizer
+from secateur.models.saving import block_state, cast, outside_state
 from secateur.models.shards import write_index, write_shard
 from secateur.models.state import quiet
-from secateur.models.structured_saving import Form, write_manifest
-from secateur.run.finish import OUTSIDE
+from secateur.models.structured_saving import Form
+from secateur.run.finish import OUTSIDE, save_form
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
 from secateur.run.verifying import PROBE, probe_ids
@@ -46,20 +46,7 @@ def save_structured(session: Session, folder: RunFolder, form: Form) -> dict[str
         write_shard(folder.path / name, state)
         weight_map |= dict.fromkeys(state, name)
         size += sum(t.numel() * t.element_size() for t in state.values())
-    write_manifest(
-        folder.path,
-        model,
-        form,
-        {"method": session.recipe.method, "target": str(session.recipe.target)},
-    )
-    config = model.config
-    model.config = form.config
-    try:
-        save_config_and_tokenizer(
-            model, session.loaded.tokenizer, folder.path, stored, form.architecture
-        )
-    finally:
-        model.config = config
+    save_form(session, folder, form)
     write_index(folder.path, weight_map, size)
     ids = probe_ids(session)
     logits = reference_logits(model, ids)

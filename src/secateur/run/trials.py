@@ -29,17 +29,19 @@ from secateur.progress import SILENT, Progress
 Fitness = Literal["kl", "perplexity"]
 PROBABILITIES = 2**30
 """Bytes of the dense model's predictions kept; beyond, its logits are computed again."""
+_PIECE = 2**20
 
 
 @dataclass
 class _Batch:
     """What a trial of one batch needs: targets, real positions, and the dense predictions."""
 
-    targets: Tensor  # (n,) next tokens
+    targets: Tensor  # (B, L-1) next tokens
     keep: Tensor | None  # (B, L-1) bool, None: all
-    hidden: Tensor | None  # (B, L, d) dense final states, if predictions are not kept
-    dense: Tensor | None = None  # (n, V) probabilities
-    entropy: float = 0.0  # sum over n of sum p log p
+    tokens: int  # kept ones
+    hidden: Tensor | None = None  # (B, L, d) dense final states, if predictions are not kept
+    dense: Tensor | None = None  # (B, L-1, V) probabilities, 0 where not kept
+    entropy: float = 0.0  # sum of p log p
 
 
 class Trials:
@@ -98,17 +100,15 @@ class Trials:
         for b, ids in enumerate(replay.ids):
             mask = replay.keep[b]
             keep = None if mask is None else mask[:, 1:] & mask[:, :-1]
-            following = ids[:, 1:].to(replay.device)
-            targets = following.reshape(-1) if keep is None else following[keep]
-            batch = _Batch(targets, keep, replay.hidden[b])
+            targets = ids[:, 1:].to(replay.device)
+            batch = _Batch(targets, keep, targets.numel() if keep is None else int(keep.sum()))
             if self.fitness == "kl":
-                logits = _predicting(replay.logits(b), keep)
-                if kept[0] + logits.numel() * 4 <= PROBABILITIES:
-                    kept[0] += logits.numel() * 4
-                    batch.dense, batch.entropy = _probabilities(logits)
-                    batch.hidden = None
-            else:
-                batch.hidden = None
+                dense, entropy = _probabilities(replay.logits(b), keep)
+                kept[0] += dense.numel() * 4
+                if kept[0] <= PROBABILITIES:
+                    batch.dense, batch.entropy = dense, entropy
+                else:
+                    batch.hidden = replay.hidden[b]
             batches.append(batch)
         replay.hidden = first
         return batches
@@ -127,21 +127,20 @@ class Trials:
                 with self.pruned(block, cuts):
                     hidden = [replay.run(block, b, h) for b, h in enumerate(hidden)]
             for b, batch in enumerate(batches):
-                logits = _predicting(replay.logits(b, hidden[b]), batch.keep)
-                total += self._nats(replay, b, batch, logits)
-                tokens += len(batch.targets)
+                total += self._nats(replay, b, batch, replay.logits(b, hidden[b]))
+                tokens += batch.tokens
         return total, float(tokens)
 
     def _nats(self, replay: Replay, b: int, batch: _Batch, logits: Tensor) -> float:
+        log_q = logits.float().log_softmax(-1)  # (B, L, V); the last position predicts nothing
         if self.fitness == "perplexity":
-            picked = logits.gather(1, batch.targets[:, None])
-            return float((logits.logsumexp(1) - picked[:, 0]).sum(dtype=torch.float64))
+            picked = log_q[:, :-1].gather(2, batch.targets[..., None])[..., 0]
+            picked = picked if batch.keep is None else picked[batch.keep]
+            return -float(picked.sum(dtype=torch.float64))
         dense, entropy = batch.dense, batch.entropy
         if dense is None:
-            dense, entropy = _probabilities(_predicting(replay.logits(b, batch.hidden), batch.keep))
-        # sum p (log p - log q) = sum p log p + sum (logsumexp q - p . q)
-        cross = torch.linalg.vecdot(dense, logits)
-        return entropy + float((logits.logsumexp(1) - cross).sum(dtype=torch.float64))
+            dense, entropy = _probabilities(replay.logits(b, batch.hidden), batch.keep)
+        return entropy - sum(_dot(p, q[:-1]) for p, q in zip(dense, log_q, strict=True))
 
     @contextmanager
     def pruned(self, block: Block, cuts: Mapping[str, Cut]) -> Iterator[None]:
@@ -150,10 +149,14 @@ class Trials:
         try:
             for matrix in block.matrices:
                 parameter = matrix.stored
-                if id(parameter) not in originals:  # experts share one
-                    originals[id(parameter)] = (parameter, parameter.data)
-                    parameter.data = parameter.data.clone()
                 mask = self.rankings[matrix.name].mask(cuts[matrix.name])
+                if id(parameter) not in originals:
+                    originals[id(parameter)] = (parameter, parameter.data)
+                    if matrix.index is None:
+                        shaped = mask.T if matrix.transposed else mask
+                        parameter.data = parameter.data.masked_fill(shaped, 0)
+                        continue
+                    parameter.data = parameter.data.clone()  # experts share one
                 matrix.tensor().masked_fill_(mask, 0)
             yield
         finally:
@@ -161,15 +164,16 @@ class Trials:
                 parameter.data = data
 
 
-def _predicting(logits: Tensor, keep: Tensor | None) -> Tensor:
-    """Logits (B, L, V) of the positions that predict a real token, float32 (n, V)."""
-    all_but_last = logits[:, :-1]
-    chosen = all_but_last.reshape(-1, logits.shape[-1]) if keep is None else all_but_last[keep]
-    return chosen.float()
-
-
-def _probabilities(logits: Tensor) -> tuple[Tensor, float]:
-    """p (n, V) and the sum of p log p over everything."""
-    log_p = logits.log_softmax(1)
+def _probabilities(logits: Tensor, keep: Tensor | None) -> tuple[Tensor, float]:
+    """p (B, L-1, V) of logits (B, L, V), 0 where not kept, and the sum of p log p."""
+    log_p = logits[:, :-1].float().log_softmax(-1)
     p = log_p.exp()
-    return p, float(torch.linalg.vecdot(p, log_p).sum(dtype=torch.float64))
+    if keep is not None:
+        p *= keep[..., None]
+    return p, sum(_dot(one, other) for one, other in zip(p, log_p, strict=True))
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    """Sum of products of two contiguous tensors; pieces of a float32 sum, added in float64."""
+    pieces = zip(one.reshape(-1).split(_PIECE), other.reshape(-1).split(_PIECE), strict=True)
+    return sum(float(torch.dot(a, b)) for a, b in pieces)

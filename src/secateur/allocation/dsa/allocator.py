@@ -14,7 +14,7 @@ from secateur.allocation.dsa.reference import reference_phi, reference_ratios
 from secateur.allocation.mapping import around_mean, width_of
 from secateur.allocation.owl import checked_lambda, note_if_constant, scores_reading, summaries
 from secateur.allocation.plan import Plan
-from secateur.allocation.search.engine import Evolution, SearchSettings
+from secateur.allocation.search.engine import Evolution, SearchSettings, trace
 from secateur.allocation.search.executors import Serial
 from secateur.allocation.search.spaces import FunctionSpace
 from secateur.allocation.search.trial import one_rung, require_trial
@@ -158,7 +158,13 @@ class DSA(Allocator):
         # The function's own lambda: that of uniform is 0, whatever the others may use.
         wishes = replace(self, search=0, lam=None).wishes_of(found, blocks, problem)
         plan = make_plan_of(self, problem, wishes, self.bounds(problem))
-        return replace(plan, provenance={**plan.provenance, "expression": str(found)})
+        made = {
+            "space": "dsa",
+            "start": search.history[0]["value"],
+            "history": trace(search.history),
+        }
+        more = {"expression": str(found), "search": made}
+        return replace(plan, provenance={**plan.provenance, **more})
 
 
 def summarise_stream(problem: Problem) -> list[ScoreSummary]:

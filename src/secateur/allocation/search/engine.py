@@ -330,3 +330,16 @@ class Evolution(Generic[G]):
 
 def _rank(member: Member[Any]) -> tuple[float, int]:
     return (member.value, member.number)
+
+
+def trace(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The plans evaluated in full, candidates named only where they were the best so far."""
+    out: list[dict[str, Any]] = []
+    best = math.inf
+    for line in history:
+        if line["full"]:
+            better = line["value"] < best
+            best = min(best, line["value"])
+            named = {"candidate": line["candidate"]} if better else {}
+            out.append({k: line[k] for k in ("n", "value", "best", "full")} | named)
+    return out

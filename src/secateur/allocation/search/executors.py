@@ -37,6 +37,18 @@ class Serial:
         """Nothing to let go."""
 
 
+def _opened_when_needed(open_: Open) -> Evaluate:
+    """A search whose results are all known already opens nothing."""
+    opened: list[Evaluate] = []
+
+    def evaluate(plan: Payload, rung: int) -> Outcome:
+        if not opened:
+            opened.append(open_())
+        return opened[0](plan, rung)
+
+    return evaluate
+
+
 _here: list[Evaluate | Exception] = []  # the evaluator of a worker process
 
 
@@ -159,7 +171,7 @@ def executor(
     if workers < 1:
         raise UsageError("must be at least 1", field="workers", value=workers)
     if kind == "serial":
-        return Serial(open_())
+        return Serial(_opened_when_needed(open_))
     if kind == "processes":
         return Processes(open_, workers, threads)
     return Ray(open_, workers, threads, address)
