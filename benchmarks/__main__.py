@@ -42,6 +42,10 @@ def rows(name: str, record: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         for case in record["depth"]:
             label = f"peak memory, 64 / 16 blocks, {case['method']}"
             yield label, f"{case['growth']:.3f}x", f"<= {case['limit']:g}x"
+    elif name == "structured_speed":
+        for phase in ("prefill", "decode"):
+            label = f"half the heads and channels gone: {phase} speed-up / FLOPs ratio"
+            yield label, f"{record[phase]['reached']:.2f}", ">= 0.85"
     elif name == "resume":
         yield (
             "run in a folder / in memory (CPU)",

@@ -278,6 +278,17 @@ SPEED_WAYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 
 
+# one way over another, what is compared, the most it may be
+RATIOS = (
+    ("biases+norms", "full", "step", 0.75),
+    ("biases+norms", "full", "peak", 0.6),
+    ("norms", "full", "step", 0.75),
+    ("norms", "full", "peak", 0.6),
+    ("mask-lora", "lora", "step", 1.3),
+    ("scale-lora", "lora", "step", 1.3),
+)
+
+
 def one_speed(way: str, tokens: int, steps: int) -> dict[str, Any]:
     """Step times and the peak memory of one way, in a process of its own."""
     from secateur.training.adapters import AdapterOptions, Adapters
@@ -328,13 +339,13 @@ def one_speed(way: str, tokens: int, steps: int) -> dict[str, Any]:
     return {"step": times[len(times) // 2], "times": times, "peak": memory("VmHWM")}
 
 
-def speed(path: Path | None, tokens: int, rounds: int) -> None:
+def speed(path: Path | None, tokens: int, rounds: int, ways: list[str]) -> None:
     """Ratios of step time and peak memory, each way in a process of its own, in turns."""
     from benchmarks.common import in_fresh_process, spread, verdict
 
-    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in SPEED_WAYS}
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for turn in range(rounds):
-        order = list(SPEED_WAYS) if turn % 2 == 0 else list(reversed(SPEED_WAYS))
+        order = ways if turn % 2 == 0 else ways[::-1]
         for way in order:
             made = in_fresh_process(
                 "benchmarks.recovery", "--one", way, "--tokens", tokens, "--steps", 4
@@ -345,23 +356,14 @@ def speed(path: Path | None, tokens: int, rounds: int) -> None:
                 flush=True,
             )
 
-    def over(a: str, b: str, key: str) -> dict[str, float]:
-        return spread([x[key] / y[key] for x, y in zip(runs[a], runs[b], strict=True)])
-
-    figures = {
-        "tokens_per_step": tokens,
-        "biases+norms / full, step time": {
-            **over("biases+norms", "full", "step"), "limit": 0.75},
-        "biases+norms / full, peak memory": {
-            **over("biases+norms", "full", "peak"), "limit": 0.6},
-        "norms / full, step time": over("norms", "full", "step"),
-        "mask-lora / lora, step time": {**over("mask-lora", "lora", "step"), "limit": 1.3},
-        "scale-lora / lora, step time": {**over("scale-lora", "lora", "step"), "limit": 1.3},
-        "runs": runs,
-    }  # fmt: skip
-    for name, value in figures.items():
-        if isinstance(value, dict) and "limit" in value:
-            print(name, value["median"], verdict(value["median"], value["limit"]))
+    figures: dict[str, Any] = {"tokens_per_step": tokens, "runs": runs}
+    for one, other, key, limit in RATIOS:
+        if one not in runs or other not in runs:
+            continue
+        name = f"{one} / {other}, {key}"
+        pairs = zip(runs[one], runs[other], strict=True)
+        figures[name] = {**spread([x[key] / y[key] for x, y in pairs]), "limit": limit}
+        print(name, figures[name]["median"], verdict(figures[name]["median"], limit))
     finish("recovery", figures, path or RESULTS / "recovery_speed.json")
 
 
@@ -384,7 +386,7 @@ def main() -> int:
         print(json.dumps(one_speed(given.one, given.tokens, given.steps or 4)))
         return 0
     if given.speed:
-        speed(given.json, given.tokens, given.rounds)
+        speed(given.json, given.tokens, given.rounds, given.ways or list(SPEED_WAYS))
         return 0
     if given.smollm:
         model, texts = smollm(256)

@@ -18,6 +18,7 @@ import torch
 from benchmarks.common import alternate, arguments, finish, ratio
 from secateur.allocation.structured import structured_counts
 from secateur.evaluation.flops import count_flops
+from secateur.evaluation.speed import cache_name, cache_of
 from secateur.models.loading import load
 from secateur.models.units import units_of
 from secateur.run.breakdown import breakdown
@@ -61,10 +62,11 @@ def measure(model: str, share: float, prompt: int, rounds: int) -> dict[str, Any
 
 def _decode(model: Any, ids: torch.Tensor, tokens: int = 8) -> None:
     output = model(input_ids=ids, use_cache=True)
-    cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    cache, token = cache_of(output), output.logits[:, -1:].argmax(-1)
+    key = cache_name(model)
     for _ in range(tokens):
-        step = model(input_ids=token, past_key_values=cache, use_cache=True)
-        token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+        step = model(input_ids=token, use_cache=True, **{key: cache})
+        token, cache = step.logits[:, -1:].argmax(-1), cache_of(step)
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ import torch
 
 from secateur.files import write_json
 from secateur.lottery import LogTicket, MaskedNetwork, SubsetSumTicket, certify, save_ticket
+from secateur.lottery.certificate import bound_error
 from secateur.lottery.reading import from_module
 from secateur.lottery.targets import he_mlp, train_mlp
 from secateur.lottery.verify import verify_ticket
@@ -80,6 +81,9 @@ def measure(name: str, case: tuple) -> dict:
     clock = time.perf_counter()
     certificate = certify(ticket)
     record["certify_seconds"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    record["zonotope_bound"] = float(bound_error(ticket.fold(), ticket.box, "zonotope").max())
+    record["zonotope_seconds"] = time.perf_counter() - clock
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ticket.safetensors"
         save_ticket(ticket, path, certificate)

@@ -17,6 +17,7 @@ _LAZY = {
     "prune": "secateur.api",
     "allocate": "secateur.api",
     "evaluate": "secateur.api",
+    "apply_mask": "secateur.models.mask_file",
     "recover": "secateur.api",
     "load_pruned": "secateur.export.loading",
     "save_pruned": "secateur.export.pruned",
@@ -37,6 +38,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "allocate",
+    "apply_mask",
     "evaluate",
     "load_pruned",
     "prune",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from secateur.export.pruned import save_pruned
     from secateur.masks.target import Target
     from secateur.methods.heads import prune_heads
+    from secateur.models.mask_file import apply_mask
     from secateur.recipe import Recipe
     from secateur.run.plan_search import search_plan
     from secateur.run.runner import Result

@@ -183,6 +183,9 @@ class Recovery(_Part):
     precision: Literal["auto", "no", "bf16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it"
     )
+    shard: bool = Field(
+        False, description="share weights out over the processes of torchrun (FSDP)"
+    )
     checkpointing: bool = Field(
         False, description="compute activations again in backward: less memory, more time"
     )

@@ -137,7 +137,7 @@ def test_primal_dual_bounds_enclose_the_optimum_at_every_round(
     assert problem.is_closed(cut.kept)
     profit, bound = cut.history.T
     assert (profit <= best + 1e-9).all()
-    assert (bound >= best - 1e-9).all(), "a bound that holds, float32 multipliers or not"
+    assert (bound >= best - 1e-9).all()
     assert (np.diff(profit) >= 0).all()
     assert (np.diff(bound) <= 0).all()
     assert cut.profit == pytest.approx(problem.profit(cut.kept, price))

@@ -1,5 +1,6 @@
 """The experiments' figures, in their quick form, and the growth laws they show."""
 
+import itertools
 import json
 
 import numpy as np
@@ -39,6 +40,20 @@ def test_success_stays_below_delta(tmp_path):
     assert all(r["low"] <= r["delta"] for r in full)
     starved = [r for r in result.record["rows"] if r["fraction"] < 0.5]
     assert sum(r["failures"] for r in starved) > sum(r["failures"] for r in full)
+
+
+def test_layouts_need_what_their_order_says(tmp_path):
+    result = experiments["pools"](True, 1, SILENT)
+    check_pages("pools", result, tmp_path)
+    means = {c["name"]: [p["mean"] for p in c["points"]] for c in result.record["constructions"]}
+    order = ("subset sum", "log, matching", "log, shared", "log, independent")
+    for fewer, more in itertools.pairwise(order):
+        assert all(a < b for a, b in zip(means[fewer], means[more], strict=True))
+    for kind in ("independent", "shared", "batch"):
+        points = next(
+            c["points"] for c in result.record["constructions"] if c["name"] == f"log, {kind}"
+        )
+        assert all(p["largest"] <= p["bound"] for p in points)
 
 
 def test_popup_beats_random_masks(tmp_path):

@@ -6,8 +6,8 @@ from torch import nn
 
 from secateur.errors import UsageError
 from secateur.lottery.edge_popup import EdgePopup, shuffle_masks
-from secateur.lottery.scored import TopK, masked_layers
 from secateur.lottery.targets import mlp
+from secateur.masks.scored import TopK, masked_layers
 
 
 def accuracy(digits, model):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from secateur.lottery import (
     save_ticket,
 )
 from secateur.lottery.store import FORMAT
+from secateur.lottery.ticket import narrow
 from secateur.lottery.verify import verify_ticket
 
 FINDERS = [
@@ -160,6 +162,37 @@ class TestTampering:
 
         self.check(altered(path, change), "length")
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda h, t: h["layers"].pop(),
+            lambda h, t: h["layers"].append(h["layers"][0]),
+            lambda h, t: h["weight_eps"].pop(),
+            lambda h, t: h.update(weight_eps=[0.1, -1.0]),
+            lambda h, t: h.update(eps="small"),
+            lambda h, t: h.update(history=[]),
+            lambda h, t: h["layers"][0].update(copies=2),
+            lambda h, t: h["layers"][1].update(carried=3),
+            lambda h, t: h["layers"][0].update(per_weight=1),
+            lambda h, t: h["layers"][0].update(copies="1"),
+            lambda h, t: h["certificate"].update(empirical="0"),
+            lambda h, t: t.update({"box.low": t["box.low"][:1].clone()}),
+            lambda h, t: t.update({"box.low": t["box.low"].float()}),
+            lambda h, t: t.update({"box.high": t["box.high"] - 9}),
+            lambda h, t: t.update({"witness": t["witness"][None]}),
+            lambda h, t: t.update({"witness": t["witness"] * float("nan")}),
+            lambda h, t: t.update({"extra": torch.zeros(1)}),
+            lambda h, t: t.update({"counts.0": t["counts.0"].double()}),
+            lambda h, t: t.update({"neurons.0": -t["neurons.0"].int()}),
+            lambda h, t: t.update({"sizes.0": torch.tensor([3, 4])}),
+            lambda h, t: t.update({"target.0": t["target.0"].float()}),
+        ],
+        ids=lambda change: change.__code__.co_consts[1:3].__repr__(),
+    )
+    def test_parts_that_do_not_fit_together(self, path, change):
+        with pytest.raises((VerificationError, UsageError)):
+            verify_ticket(altered(path, change))
+
     def test_a_missing_part(self, path):
         self.check(altered(path, lambda h, t: h.pop("layers")), "damaged")
 
@@ -169,6 +202,25 @@ class TestTampering:
 
     def test_no_certificate(self, path):
         self.check(altered(path, lambda h, t: h.update(certificate=None)), "certificate")
+
+
+@pytest.mark.parametrize(
+    "finder", FINDERS, ids=lambda f: f"{f.name}-{getattr(f, 'pools', 'subset')}"
+)
+def test_the_size_says_what_is_in_the_file(finder, small_net, tmp_path):
+    ticket = finder.fit(small_net, (-1, 1), seed=3)
+    save_ticket(ticket, tmp_path / "t.safetensors")
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        lists = [k for k in file.keys() if k.split(".")[0] in ("sizes", "counts", "neurons")]  # noqa: SIM118
+        stored = sum(file.get_tensor(k).numpy().nbytes for k in lists)
+    assert ticket.size().seed_and_bits == stored
+
+
+def test_lists_use_the_smallest_type():
+    for top, kind in ((255, "uint8"), (256, "int16"), (2**15, "int32"), (2**31, "int64")):
+        values = narrow(np.array([0, top]))
+        assert values.dtype == kind
+        assert values.tolist() == [0, top]
 
 
 def test_files_that_are_no_tickets(tmp_path, path):

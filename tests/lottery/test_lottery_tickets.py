@@ -313,6 +313,18 @@ class TestBadInput:
             {"eps": 0.1, "refine": 0},
             {"eps": 0.1, "base": 2},
             {"eps": 0.1, "on_failure": "ignore"},
+            {"eps": True},
+            {"eps": 0.1, "delta": "low"},
+            {"eps": 0.1, "eps_rule": "guess"},
+            {"eps": 0.1, "engine": "gpu"},
+            {"eps": 0.1, "growth": -1},
+            {"eps": 0.1, "growth": 1.5},
+            {"eps": 0.1, "growth": "4"},
+            {"eps": 0.1, "memory_limit": 0},
+            {"eps": 0.1, "draw_limit": "many"},
+            {"eps": 0.1, "refine": 2.0},
+            {"eps": 0.1, "refine": True},
+            {"eps": 0.1, "pools": ["shared"]},
         ],
     )
     def test_options(self, options):
@@ -327,6 +339,10 @@ class TestBadInput:
             (MalachTicket, {"match": "both"}),
             (MalachTicket, {"pools": "batch"}),
             (CopyTicket, {"copies": 0}),
+            (CopyTicket, {"copies": 15.0}),
+            (SubsetSumTicket, {"products": "21"}),
+            (SubsetSumTicket, {"exact": "yes"}),
+            (MalachTicket, {"match": None}),
         ):
             with pytest.raises(UsageError):
                 kind(eps=0.1, **options)

@@ -207,6 +207,12 @@ def test_a_model_without_masks_is_refused(tiny_folder, tmp_path, capsys):
     assert main(["recover", source, "--no-mask", "--out", str(tmp_path / "y"), *settings]) == 0
 
 
+def test_rounds_of_pruning_are_no_recovery_of_a_finished_cut(folder, tmp_path, capsys):
+    assert main(["recover", str(folder), "--with", "imp", "--out", str(tmp_path / "x")]) == 2
+    assert "secateur prune" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_masks_of_another_model_are_refused(folder, tiny_folder, tmp_path, capsys):
     words = ["recover", str(tiny_folder("llama")), "--masks", str(folder / "masks.safetensors")]
     assert main([*words, "--out", str(tmp_path / "x")]) == 2
@@ -270,3 +276,35 @@ def test_contradictions_in_a_recipe_are_refused():
         with pytest.raises(UsageError) as caught:
             Recipe.build({"model": "tiny", "recovery": {}} | change)
         assert caught.value.field == field
+
+
+def test_after_a_structured_cut_the_small_dense_model_is_trained(tmp_path, tiny_folder):
+    """LoRA after LLM-Pruner's cut, merged: the folder opens with plain transformers."""
+    words = {
+        "method": "unit-magnitude", "sparsity": 0.25, "structure": {"kinds": ["ffn"]},
+        "evaluation": EVALUATION, "out": tmp_path / "small",
+        "recovery": RECOVERY | {"method": "lora", "rank": 2, "train": ["norms"]},
+    }  # fmt: skip
+    result = secateur.prune(str(tiny_folder("llama")), **words)
+    recovery, quality = result.report["recovery"], result.report["quality"]
+    assert recovery["adapter"]["kind"] == "lora"
+    assert recovery["last_loss"] < recovery["first_loss"]
+    assert recovery["before"]["dense"] == quality["dense"]
+    assert quality["pruned"] != recovery["before"]["pruned"]
+    trained = state(tmp_path / "small")
+    assert {n: p.shape for n, p in trained.items()} == {
+        n: p.shape for n, p in result.model.named_parameters()
+    }
+    again = secateur.prune(str(tiny_folder("llama")), **words)
+    assert again.report["quality"]["pruned"] == quality["pruned"]
+    assert equal(trained, state(tmp_path / "small"))
+    later = secateur.recover(
+        tmp_path / "small",
+        no_mask=True,
+        method="lora",
+        rank=2,
+        steps=2,
+        length=48,
+        out=tmp_path / "more",
+    )
+    assert later.report["recovery"]["zeros"] == 0

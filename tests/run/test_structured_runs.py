@@ -81,6 +81,10 @@ def test_uneven_widths_need_a_manifest(tmp_path: Path) -> None:
     widths = {r["after"] for r in result.report["structure"]["groups"] if r["kind"] == "ffn"}
     assert len(widths) > 1
     assert "checks" in verify_run(tmp_path / "a")
+    for page in ("report.html", "report.md"):
+        text = (tmp_path / "a" / page).read_text()
+        assert "What is left of each group" in text
+        assert "secateur.load" in text
 
 
 def test_uniform_is_a_stock_checkpoint_even_where_heads_do_not_divide(tmp_path: Path) -> None:
@@ -279,6 +283,8 @@ def test_multi_query_has_no_groups() -> None:
 
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     run(out=tmp_path / "a", structure={"ranking": "global"}, sparsity=0.4)
+    with pytest.raises(UsageError, match="built from its manifest"):
+        secateur.load_pruned(tmp_path / "a", device_map="auto")
     path = tmp_path / "a" / "pruning_manifest.json"
     good = json.loads(path.read_text())
 

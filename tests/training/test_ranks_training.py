@@ -15,14 +15,25 @@ torch.set_num_threads(1)
 from pathlib import Path
 from secateur.models.anatomy import ModelView
 from secateur.run.ranks import Ranks
+from secateur.training.loop import Hook
 from secateur.training.perp import perp
 from secateur.training.settings import TrainSettings
 from test_perp import pruned, windows
 ranks = Ranks.from_environment("cpu")
 view, masks = pruned("opt")
 settings = TrainSettings(
-    steps=8, lr=0.05, batch=5, micro_batch=2, weight_decay=0.1, optimizer="sgd"
+    steps=8, lr=0.05, batch=6, micro_batch=2, weight_decay=0.1, optimizer="sgd",
+    shard=sys.argv[4] == "shard", checkpoint_every=3,
 )
+class Killed(Hook):
+    def after_step(self, at):
+        if at.step == 5 and sys.argv[4] == "shard":
+            raise ZeroDivisionError
+try:
+    perp(view, masks, windows(12), settings, train=json.loads(sys.argv[3]), hooks=[Killed()],
+         adapter={"rank": 2} if "lora" in sys.argv[3] else {}, folder=Path(sys.argv[1]) / "folder")
+except ZeroDivisionError:
+    view, masks = pruned("opt")  # from step 3 on again
 record = perp(
     view, masks, windows(12), settings, train=json.loads(sys.argv[3]),
     adapter={"rank": 2} if "lora" in sys.argv[3] else {}, folder=Path(sys.argv[1]) / "folder",
@@ -34,8 +45,14 @@ if ranks.leads:
 """
 
 
-@pytest.mark.parametrize("train", [["norms", "mask-lora"], ["all"]], ids="+".join)
-def test_two_processes_give_what_one_gives(tmp_path, train):
+@pytest.mark.parametrize(
+    ("train", "how"),
+    [(["norms", "mask-lora"], "copy"), (["all"], "shard"),
+     pytest.param(["all"], "copy", marks=pytest.mark.slow),
+     pytest.param(["norms", "mask-lora"], "shard", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_two_processes_give_what_one_gives(tmp_path, train, how):
+    """Replicated, and sharded by FSDP2 (there also killed once and taken up again)."""
     import torch
 
     here = os.path.dirname(__file__)
@@ -50,7 +67,7 @@ def test_two_processes_give_what_one_gives(tmp_path, train):
             launch += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
                        "--standalone"]  # fmt: skip
         done = subprocess.run(
-            [*launch, str(script), str(out), here, json.dumps(train)],
+            [*launch, str(script), str(out), here, json.dumps(train), how],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()},
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip

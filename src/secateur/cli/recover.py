@@ -75,8 +75,7 @@ def command(
     spec = build_part(
         Recovery,
         "recovery",
-        common.read_options(setting)
-        or {}
+        (common.read_options(setting) or {})
         | common.given(
             method=method,
             train=common.names(train),

@@ -7,10 +7,11 @@ the ratio: times dense over times pruned, above 1 when the pruned model is faste
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -121,19 +122,33 @@ def _turn(model: Any, ids: Tensor) -> tuple[float, float | None]:
     device = next(model.parameters()).device
     ids = ids.to(device)
     output, prefill = _timed(lambda: model(input_ids=ids, use_cache=True), device)
-    cache = getattr(output, "past_key_values", None)
+    cache = cache_of(output)
     if cache is None:
         return prefill, None
+
+    key = cache_name(model)
 
     def write() -> None:
         nonlocal cache
         token = output.logits[:, -1:].argmax(-1)
         for _ in range(DECODED):
-            step = model(input_ids=token, past_key_values=cache, use_cache=True)
-            token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+            step = model(input_ids=token, use_cache=True, **{key: cache})
+            token, cache = step.logits[:, -1:].argmax(-1), cache_of(step)
 
     _, decode = _timed(write, device)
     return prefill, decode / DECODED
+
+
+def cache_name(model: Any) -> str:
+    """What the model's forward calls its cache: ``past_key_values`` before transformers 5.24."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, under either name; None if it keeps none."""
+    names = output if isinstance(output, Mapping) else vars(output)
+    return names["cache"] if "cache" in names else getattr(output, "past_key_values", None)
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

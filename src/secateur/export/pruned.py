@@ -14,9 +14,9 @@ from secateur.errors import UsageError, VerificationError
 from secateur.export.loading import load_pruned
 from secateur.files import told_plainly
 from secateur.masks.structured import StructuredMask, structure_of
-from secateur.models.saving import save_config_and_tokenizer, save_weights
+from secateur.models.saving import save_weights
 from secateur.models.state import quiet
-from secateur.models.structured_saving import form_of, write_manifest
+from secateur.models.structured_saving import form_of, save_words
 
 
 def save_pruned(
@@ -64,13 +64,7 @@ def save_pruned(
         place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         save_weights(model, place)
-        write_manifest(place, model, form, facts or {})
-        own: Any = model.config
-        model.config = form.config
-        try:
-            save_config_and_tokenizer(model, tokenizer, place, None, form.architecture)
-        finally:
-            model.config = own
+        save_words(place, model, tokenizer, facts or {}, form=form)
         compared = _compare(model, place)
         with told_plainly(folder):
             place.chmod(0o755)

@@ -1,7 +1,8 @@
 """The other side of a certificate: inputs at which the error really is large.
 
 Projected gradient ascent on ``max_o |f^(x) - f(x)|_o`` from random points and random corners of
-the box. The value it finds is attained, so it bounds the certificate from below.
+the box. The error at the input it finds, rounded down, is attained there for sure, so it bounds
+the certificate from below.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from secateur.lottery.folded import FoldedNetwork
+from secateur.lottery.intervals import gap_from_below
 from secateur.lottery.network import Box
 from secateur.lottery.philox import points
 
 
 @dataclass(frozen=True)
 class Witness:
-    """An input and the largest output error there."""
+    """An input and the largest output error there, rounded down."""
 
     value: float
     x: Tensor
@@ -62,4 +64,4 @@ def search_witness(
         stride = width * (1.0 if step < 3 else 0.5 * 0.85 ** (step - 3))
         with torch.no_grad():
             x = torch.clamp(x + stride * gradient.sign(), box.low, box.high)
-    return best
+    return Witness(gap_from_below(network, best.x), best.x)

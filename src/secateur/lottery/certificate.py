@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import UsageError
-from secateur.lottery.attack import gap_at, search_witness
+from secateur.lottery.attack import search_witness
 from secateur.lottery.folded import FoldedNetwork, pruned_network
 from secateur.lottery.intervals import propagate
 from secateur.lottery.masked import MaskedNetwork
@@ -25,7 +25,8 @@ from secateur.lottery.ticket import Ticket
 from secateur.lottery.zonotope import zonotope_error
 
 Method = Literal["interval", "zonotope"]
-FLOAT32 = 2.0**-24
+FLOAT32 = (2.0**-24, 2.0**-149)
+"""Unit roundoff and underflow of float32, with the subnormals that PyTorch keeps by default."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Certificate:
         method: arithmetic of the bound.
         bound: no input of the box has a larger error in any output (exact real arithmetic).
         per_output: the bound of each output.
-        empirical: largest error found; ``witness`` attains it.
+        empirical: largest error found, rounded down; ``witness`` attains it.
         weight_error: per layer, largest |stand-in - target| weight an input can meet.
         float32_bound: the same bound for the network *run in float32* (tickets only).
         float32_measured: largest |float32 run - folded float64| over ``samples`` points.
@@ -67,6 +68,11 @@ class Certificate:
         for name in ("per_output", "weight_error"):
             if not isinstance(values[name], tuple):
                 raise TypeError(f"{name} is no list")
+        numbers = [*values["per_output"], *values["weight_error"], values["bound"]]
+        numbers += [values["empirical"], values.get("samples", 0)]
+        numbers += [v for v in (values.get(f"float32_{k}") for k in ("bound", "measured")) if v]
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
+            raise TypeError("a claim is no number")
         return cls(**values, witness=witness)
 
 
@@ -110,7 +116,7 @@ def certify(
     witness = search_witness(folded, box, seed, starts, data=data)
     result: dict[str, Any] = {}
     if ticket is not None:
-        result["float32_bound"] = float(propagate(folded, box, FLOAT32).error.max())
+        result["float32_bound"] = float(propagate(folded, box, *FLOAT32).error.max())
         result["float32_measured"] = float32_deviation(ticket, folded, box, seed, samples)
         result["samples"] = samples
     return Certificate(
@@ -167,9 +173,3 @@ def certify_pruning(
         raise UsageError("the weights are not all finite", field="pruned")
     box = Box.of(domain, target.input_shape)
     return certify(pruned_network(target, pruned), box, method=method, data=data, seed=seed)
-
-
-def attained(network: FoldedNetwork, x: Tensor) -> float:
-    """The error at one input; re-checks a witness."""
-    with torch.no_grad():
-        return float(gap_at(network, x[None])[0])

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,14 @@ from secateur.lottery.laws import Law
 from secateur.lottery.network import Box, Layer, TargetNetwork
 from secateur.lottery.philox import check_seed
 from secateur.lottery.reading import from_module
-from secateur.lottery.search import Floats, Ints, Pools, resolve
+from secateur.lottery.search import Engine, Floats, Ints, Pools, resolve
 from secateur.lottery.sizing import (
     EpsRule,
     SizeEstimate,
+    check_choice,
     check_delta,
     check_eps,
+    check_whole,
     demands,
     signs_of_inputs,
     weight_accuracies,
@@ -147,10 +149,12 @@ class Construction(ABC):
         if self.weight_eps is not None:
             check_eps(self.weight_eps, "weight_eps")
         check_delta(self.delta)
-        if self.on_failure not in ("raise", "accept"):
-            raise UsageError(
-                "unknown reaction", field="on_failure", value=self.on_failure, fix="raise or accept"
-            )
+        check_choice("eps_rule", self.eps_rule, get_args(EpsRule))
+        check_choice("on_failure", self.on_failure, ("raise", "accept"))
+        check_choice("engine", self.engine, get_args(Engine))
+        check_whole("growth", self.growth, 0)
+        check_whole("memory_limit", self.memory_limit, 1)
+        check_whole("draw_limit", self.draw_limit, 1)
 
     @abstractmethod
     def plan(self, task: Task, tasks: list[Task], plans: list[Plan]) -> Plan:

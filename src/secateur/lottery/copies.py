@@ -21,6 +21,7 @@ from secateur.lottery.construction import Construction, Found, Plan, Task
 from secateur.lottery.laws import Law
 from secateur.lottery.network import Box, TargetNetwork
 from secateur.lottery.search import Floats, Pools, subsets
+from secateur.lottery.sizing import check_whole
 from secateur.lottery.subset_sum import MOST, REACH, default_products, edges_of, pool_for
 from secateur.lottery.ticket import Ticket
 from secateur.progress import Progress
@@ -40,10 +41,8 @@ class CopyTicket(Construction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.copies is not None and not 1 <= self.copies <= MOST:
-            raise UsageError(
-                f"copies lie between 1 and {MOST}", field="copies", value=self.copies, fix="15"
-            )
+        if self.copies is not None:
+            check_whole("copies", self.copies, 1, MOST)
 
     def plan(self, task: Task, tasks: list[Task], plans: list[Plan]) -> Plan:
         """Copies of this layer's rows; the columns are carried after the first layer."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
-from secateur.lottery.scored import MaskedConv2d, MaskedLinear, ScoredLayer, masked_layers
+from secateur.masks.scored import MaskedConv2d, MaskedLinear, ScoredLayer, masked_layers
 from secateur.masks.target import Target
 from secateur.progress import SILENT, Progress
 

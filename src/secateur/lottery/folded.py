@@ -32,6 +32,7 @@ class FoldedLayer:
         slack: (rows, columns) upper bound on |true - stored| of positive, negative and intended
             together: the rounding of the sums.
         gross: (rows, columns) sum of |a b|, for bounding a floating-point run of the network.
+        out_gross: (rows, columns) sum of |b|, for the same.
         terms: the largest number of products in one row.
     """
 
@@ -41,6 +42,7 @@ class FoldedLayer:
     intended: Tensor
     slack: Tensor
     gross: Tensor
+    out_gross: Tensor
     terms: int
     copies: int = 1
     carried: int = 0
@@ -133,7 +135,10 @@ def fold_layer(
         extra[:, :, 0] = rounding
         slack[:, : extra[0].numel()] += extra.flatten(1)
     terms = int(count.sum(1).max()) if count.numel() else 0
-    return FoldedLayer(layer, positive, negative, intended, slack, gross, terms, copies, carried)
+    out_gross = total(out_weight.abs())
+    return FoldedLayer(
+        layer, positive, negative, intended, slack, gross, out_gross, terms, copies, carried
+    )
 
 
 def pruned_network(target: TargetNetwork, matrices: Sequence[Tensor]) -> FoldedNetwork:
@@ -149,6 +154,7 @@ def pruned_network(target: TargetNetwork, matrices: Sequence[Tensor]) -> FoldedN
                 layer.matrix,
                 torch.zeros_like(weight),
                 weight.abs(),
+                torch.zeros_like(weight),
                 weight.shape[1],
             )
         )

@@ -33,11 +33,11 @@ def upper_product(matrix: Tensor, x: Tensor) -> Tensor:
     return (x @ matrix.T) * inflation(matrix.shape[1]) + TINY
 
 
-def enclose(layer: Layer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def enclose(matrix: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds on ``matrix @ t`` for low <= t <= high; (positions, columns) -> (positions, rows)."""
-    plus, minus = layer.matrix.clamp(min=0), layer.matrix.clamp(max=0)
+    plus, minus = matrix.clamp(min=0), matrix.clamp(max=0)
     size = torch.maximum(low.abs(), high.abs())
-    rounding = 4 * (2 * layer.matrix.shape[1] + 8) * UNIT * (size @ layer.matrix.abs().T) + TINY
+    rounding = 4 * (2 * matrix.shape[1] + 8) * UNIT * (size @ matrix.abs().T) + TINY
     return (
         low @ plus.T + high @ minus.T - rounding,
         high @ plus.T + low @ minus.T + rounding,
@@ -77,7 +77,9 @@ def difference(folded: FoldedLayer, low: Tensor, high: Tensor) -> Tensor:
     return (either + folded.slack) * inflation(4)
 
 
-def propagate(network: FoldedNetwork, box: Box, unit: float | None = None) -> NetworkBounds:
+def propagate(
+    network: FoldedNetwork, box: Box, unit: float | None = None, underflow: float = 0.0
+) -> NetworkBounds:
     """Interval bounds on the target, and on how far the stand-in can be from it, layer by layer.
 
     The recursion is ``E_i = |W^ - W| U_(i-1) + |W^| E_(i-1)`` with U the largest target input;
@@ -87,6 +89,7 @@ def propagate(network: FoldedNetwork, box: Box, unit: float | None = None) -> Ne
         network: the stand-in and its target.
         box: of inputs.
         unit: also count the rounding of a run in a format with this unit roundoff.
+        underflow: what one operation of that format may lose besides, where results get tiny.
     """
     low, high = box.low[None], box.high[None]
     error = torch.zeros_like(low)
@@ -101,12 +104,10 @@ def propagate(network: FoldedNetwork, box: Box, unit: float | None = None) -> Ne
         new_error = upper_product(gap, size) + upper_product(reach, error_c)
         if unit is not None:
             grown = upper_product(folded.gross + folded.slack, size + error_c)
-            new_error = (new_error + rounding_share(folded, unit) * grown) * inflation(4)
+            lost = underflow * (folded.out_gross.sum(1) + 4 * (folded.terms + 6))
+            new_error = (new_error + rounding_share(folded, unit) * grown + lost) * inflation(8)
         seen.append(LayerBounds(low_c, high_c, error_c, float(gap.max()) if gap.numel() else 0.0))
-        base_low, base_high = (layer.columns(x)[0] for x in (low, high))
-        pre_low, pre_high = enclose(layer, base_low, base_high)
-        low, high = (layer.activate(layer.geometry.assemble(x[None])) for x in (pre_low, pre_high))
-        low, high = widen(low, -1), widen(high, +1)
+        low, high = _target_layer(layer, low, high)
         error = folded.assemble(new_error[None])
     return NetworkBounds(tuple(seen), error[0].reshape(-1))
 
@@ -122,3 +123,39 @@ def rounding_share(folded: FoldedLayer, unit: float) -> float:
 def widen(x: Tensor, side: int) -> Tensor:
     """One rounding step outward (leaky slopes multiply once); exact zeros stay."""
     return torch.where(x == 0, x, x + side * 2 * UNIT * x.abs())
+
+
+def _target_layer(layer: Layer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds on a target layer's output, (1, *outputs), from those on its input."""
+    ends = enclose(layer.matrix, *(layer.columns(x)[0] for x in (low, high)))
+    low, high = (layer.activate(layer.geometry.assemble(x[None])) for x in ends)
+    return widen(low, -1), widen(high, +1)
+
+
+def _stand_in_layer(folded: FoldedLayer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a stand-in's layer."""
+    low, high = (folded.columns(x)[0] for x in (low, high))
+    rising = enclose(folded.positive, low.clamp(min=0), high.clamp(min=0))
+    falling = enclose(folded.negative, low.clamp(max=0), high.clamp(max=0))
+    unsure = upper_product(folded.slack, torch.maximum(low.abs(), high.abs()))
+    ends = []
+    for up, down, side in zip(rising, falling, (-1, 1), strict=True):
+        unsure_here = unsure + 4 * UNIT * (up.abs() + down.abs() + unsure)
+        end = folded.assemble((up + down + side * unsure_here * inflation(4))[None])
+        ends.append(widen(folded.reference.activate(end), side))
+    return ends[0], ends[1]
+
+
+def gap_from_below(network: FoldedNetwork, x: Tensor) -> float:
+    """max over outputs of |stand-in - target| at one input, rounded down: surely attained there."""
+    low = high = x.double()[None]
+    ours = (low, high)
+    theirs = (low, high)
+    for folded in network.layers:
+        ours = _stand_in_layer(folded, *ours)
+        theirs = _target_layer(folded.reference, *theirs)
+    gaps = [
+        (a - b) - 4 * UNIT * (a.abs() + b.abs())
+        for a, b in ((ours[0], theirs[1]), (theirs[0], ours[1]))
+    ]
+    return max(0.0, float(torch.maximum(*gaps).max()))

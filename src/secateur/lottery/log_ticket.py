@@ -19,7 +19,7 @@ from secateur.lottery.construction import Construction, Found, Plan, Task, union
 from secateur.lottery.decomposition import bits_needed, ratio, slot_probability
 from secateur.lottery.laws import KINDS, Law, LawKind
 from secateur.lottery.search import Floats, Ints, Pools, bitwise
-from secateur.lottery.sizing import batch_size
+from secateur.lottery.sizing import batch_size, check_choice, check_whole
 
 PoolKind = Literal["shared", "independent", "batch", "matching"]
 
@@ -49,16 +49,9 @@ class LogTicket(Construction):
     def __post_init__(self) -> None:
         super().__post_init__()
         ratio(self.base)
-        for field, value, known in (
-            ("pools", self.pools, get_args(PoolKind)),
-            ("law", self.law, KINDS),
-        ):
-            if value not in known:
-                raise UsageError("no such choice", field=field, value=value, fix=", ".join(known))
-        if not 1 <= self.refine <= 64:
-            raise UsageError(
-                "candidates per bit lie between 1 and 64", field="refine", value=self.refine
-            )
+        check_choice("pools", self.pools, get_args(PoolKind))
+        check_choice("law", self.law, KINDS)
+        check_whole("refine", self.refine, 1, 64)
         if self.law != "hyperbolic" and self.pools in ("batch", "matching"):
             raise UsageError(
                 "only shared and independent pools are sized for this law",

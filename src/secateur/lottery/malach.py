@@ -13,10 +13,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from secateur.errors import UsageError
 from secateur.lottery.construction import Construction, Found, Plan, Task, union_size
 from secateur.lottery.laws import Law
 from secateur.lottery.search import Floats, Pools, single
+from secateur.lottery.sizing import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,8 @@ class MalachTicket(Construction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.match not in ("product", "factors"):
-            raise UsageError(
-                "no such choice", field="match", value=self.match, fix="product or factors"
-            )
-        if self.pools not in ("independent", "shared"):
-            raise UsageError(
-                "no such choice", field="pools", value=self.pools, fix="independent or shared"
-            )
+        check_choice("match", self.match, ("product", "factors"))
+        check_choice("pools", self.pools, ("independent", "shared"))
 
     def plan(self, task: Task, tasks: list[Task], plans: list[Plan]) -> Plan:
         """Pools by the union bound over all weights."""

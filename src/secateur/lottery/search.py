@@ -110,9 +110,12 @@ class Subsets:
 
 
 def resolve(engine: str) -> str:
-    """``auto`` made concrete: cuda where there is a GPU, else compiled, else torch."""
+    """``auto`` made concrete: compiled where numba is, else torch (on the CPU).
+
+    The CUDA engine has not been run on a GPU yet, so it is taken only when asked for by name.
+    """
     if engine == "auto":
-        return "cuda" if torch.cuda.is_available() else ("compiled" if have_numba() else "torch")
+        return "compiled" if have_numba() else "torch"
     if engine == "compiled" and not have_numba():
         raise MissingExtra("numba", "lottery", "engine='compiled'")
     if engine == "cuda" and not torch.cuda.is_available():

@@ -7,8 +7,9 @@ Malach et al. (2020); the constants are ours, not the papers'. Proofs are in doc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ EpsRule = Literal["theorem", "box", "actual"]
 
 def check_eps(value: float, name: str) -> float:
     """A positive finite accuracy, or a clear refusal."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value > 0):
         raise UsageError("an accuracy is a positive number", field=name, value=value, fix="0.01")
     return float(value)
 
@@ -42,6 +44,20 @@ def check_delta(value: float) -> float:
     return float(value)
 
 
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """A whole number within its range, or a clear refusal."""
+    sound = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not (sound and (most is None or value <= most)):  # type: ignore[operator]
+        ends = f"of {least} or more" if most is None else f"between {least} and {most}"
+        raise UsageError(f"must be a whole number {ends}", field=name, value=value)
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """One of the known words, or a clear refusal."""
+    if value not in known:
+        raise UsageError("no such choice", field=name, value=value, fix=", ".join(known))
+
+
 def weight_accuracies(
     target: TargetNetwork, box: Box, eps: float, rule: EpsRule = "box"
 ) -> tuple[float, ...]:
@@ -54,8 +70,7 @@ def weight_accuracies(
     check_eps(eps, "eps")
     if rule == "theorem":
         return _theorem(target, box, eps)
-    if rule not in ("box", "actual"):
-        raise UsageError("unknown rule", field="eps_rule", value=rule, fix="box, theorem or actual")
+    check_choice("eps_rule", rule, get_args(EpsRule))
     shares = _sensitivities(target, box)
     share = [eps / (len(shares) * s) if s > 0 else math.inf for s in shares]
     low, high = 0.0, 1.0

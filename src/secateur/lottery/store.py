@@ -1,9 +1,10 @@
 """A ticket's file: safetensors with a JSON header; a seed and bits, the target, the certificate.
 
 Tensors, for each layer i: ``target.i`` (the target's float64 weights, which the claim is about),
-``sizes.i`` (neurons per pool), ``counts.i`` (kept edges per output and column) and ``neurons.i``
-(which neurons, in that order). ``box.low``, ``box.high``, and ``witness`` if certified. No weight
-of the random network is stored.
+``sizes.i`` (neurons per pool; one number if all are equal), ``counts.i`` (kept edges per output
+and column) and ``neurons.i`` (which neurons, in that order). ``box.low``, ``box.high``, and
+``witness`` if certified. No weight of the random network is stored. Whatever does not fit
+together is refused on reading.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from secateur.lottery.laws import Law
 from secateur.lottery.network import Box, Layer, TargetNetwork
 from secateur.lottery.philox import check_seed
 from secateur.lottery.reading import METADATA_KEY
-from secateur.lottery.ticket import Ints, Ticket, TicketLayer
+from secateur.lottery.sizing import check_eps
+from secateur.lottery.ticket import Ticket, TicketLayer
 from secateur.tensorfile import opened, save_tensors
 
 FORMAT, VERSION = "secateur.lottery.ticket", 1
+LISTS = ("sizes", "counts", "neurons")
+WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def save_ticket(ticket: Ticket, path: str | Path, certificate: Certificate | None = None) -> None:
@@ -33,15 +37,9 @@ def save_ticket(ticket: Ticket, path: str | Path, certificate: Certificate | Non
     tensors: dict[str, Tensor] = {"box.low": ticket.box.low, "box.high": ticket.box.high}
     layers: list[dict[str, Any]] = []
     for number, (layer, kept) in enumerate(zip(ticket.target.layers, ticket.layers, strict=True)):
-        columns = layer.matrix.shape[1]
-        counts = np.bincount(
-            kept.output * columns + kept.column,
-            minlength=layer.matrix.shape[0] * kept.copies * columns,
-        )
         tensors[f"target.{number}"] = layer.matrix.contiguous()
-        tensors[f"sizes.{number}"] = torch.from_numpy(kept.sizes.astype(np.int64))
-        tensors[f"counts.{number}"] = _narrow(counts)
-        tensors[f"neurons.{number}"] = _narrow(kept.neuron)
+        for name, values in kept.lists(layer).items():
+            tensors[f"{name}.{number}"] = torch.from_numpy(values)
         layers.append(
             {
                 "law": kept.law.record(),
@@ -100,18 +98,39 @@ def _decode(
             field="version",
             value=header["version"],
         )
-    matrices = [tensors[f"target.{i}"] for i in range(len(header["target"]))]
+    count = len(header["target"])
+    _whole(len(header["layers"]) == len(header["weight_eps"]) == count, "layers are missing")
+    known = {f"{kind}.{i}" for kind in ("target", *LISTS) for i in range(count)}
+    known |= {"box.low", "box.high", "witness"}
+    _whole(set(tensors) <= known, f"unknown tensors {sorted(set(tensors) - known)}")
+    for name, tensor in tensors.items():
+        lists = name.split(".")[0] in LISTS
+        sound = tensor.dtype in WHOLE if lists else tensor.dtype == torch.float64
+        _whole(sound, f"{name} holds {tensor.dtype}")
+        _whole(lists or bool(tensor.isfinite().all()), f"{name} is not finite")
+    matrices = [tensors[f"target.{i}"] for i in range(count)]
     target = TargetNetwork.from_description(header["target"], matrices)
     if target.digest() != header["target_sha256"]:
         raise VerificationError("the target's weights do not match their recorded SHA-256")
-    layers = tuple(
-        _layer(target.layers[i], part, tensors, i) for i, part in enumerate(header["layers"])
-    )
+    for name in ("box.low", "box.high", "witness"):
+        shape = tuple(tensors[name].shape) if name in tensors else target.input_shape
+        _whole(shape == tuple(target.input_shape), f"{name} has shape {shape}")
+    layers: list[TicketLayer] = []
+    for i, part in enumerate(header["layers"]):
+        layers.append(_layer(target.layers[i], part, tensors, i))
+        before = layers[i - 1].copies if i and layers[i].carried else layers[i].carried
+        _whole(layers[i].carried == before, f"layer {i} reads copies that are not there")
+        _whole(i == 0 or layers[i - 1].copies in (1, layers[i].carried), f"layer {i}: lost copies")
+    _whole(layers[0].carried == 0 and layers[-1].copies == 1, "copies at the ends")
+    for value in (*header["weight_eps"], *([header["eps"]] if header["eps"] is not None else [])):
+        check_eps(value, "eps")
+    for name in ("construction", "history"):
+        _whole(isinstance(header[name], dict), f"{name} is no table")
     ticket = Ticket(
         target,
         Box(tensors["box.low"], tensors["box.high"]),
         check_seed(header["seed"]),
-        layers,
+        tuple(layers),
         header["construction"],
         tuple(header["weight_eps"]),
         header["eps"],
@@ -121,27 +140,43 @@ def _decode(
     return ticket, Certificate.from_record(record, tensors.get("witness")) if record else None
 
 
+def _whole(sound: bool, words: str) -> None:
+    if not sound:
+        raise VerificationError(f"the ticket's file is damaged: {words}")
+
+
 def _layer(
     layer: Layer, part: dict[str, Any], tensors: dict[str, Tensor], number: int
 ) -> TicketLayer:
-    columns, copies = layer.matrix.shape[1], part["copies"]
-    counts = tensors[f"counts.{number}"].numpy().astype(np.int64)
-    neuron = tensors[f"neurons.{number}"].numpy().astype(np.int64)
+    columns, copies, carried = layer.matrix.shape[1], part["copies"], part["carried"]
+    per_weight = part["per_weight"]
+    _whole(type(per_weight) is bool, f"layer {number}: per_weight={per_weight!r}")
+    _whole(type(copies) is int and copies >= 1, f"layer {number}: copies={copies!r}")
+    _whole(type(carried) is int and carried >= 0, f"layer {number}: carried={carried!r}")
+    dense = layer.geometry.kernel is None
+    _whole(dense or (copies == 1 and not carried), f"layer {number}: copies of a convolution")
+    counts, neuron, sizes = (
+        tensors[f"{name}.{number}"].numpy().astype(np.int64)
+        for name in ("counts", "neurons", "sizes")
+    )
+    pools = layer.matrix.numel() if per_weight else columns
+    if len(sizes) == 1:
+        sizes = np.repeat(sizes, pools)
     cells = layer.matrix.shape[0] * copies * columns
-    pools = layer.matrix.numel() if part["per_weight"] else columns
-    sizes: Ints = tensors[f"sizes.{number}"].numpy()
+    for name, values in (("counts", counts), ("neurons", neuron), ("sizes", sizes)):
+        _whole(bool((values >= 0).all()), f"layer {number}: negative {name}")
     if len(counts) != cells or counts.sum() != len(neuron) or len(sizes) != pools:
         raise VerificationError(f"layer {number}: the edge lists have the wrong length")
     cell = np.repeat(np.arange(cells), counts)
     return TicketLayer(
         Law(**part["law"]),
-        part["per_weight"],
+        per_weight,
         sizes,
         cell // columns,
         cell % columns,
         neuron,
         copies,
-        part["carried"],
+        carried,
     )
 
 
@@ -149,10 +184,3 @@ def save_network(target: TargetNetwork, path: str | Path) -> None:
     """Write a target with its architecture, for the command line."""
     tensors = {f"matrix.{i}": layer.matrix for i, layer in enumerate(target.layers)}
     save_tensors(path, tensors, {METADATA_KEY: json.dumps(target.description())})
-
-
-def _narrow(values: Ints) -> Tensor:
-    """The smallest unsigned type that holds the values."""
-    top = int(values.max(initial=0))
-    kind = np.uint8 if top < 2**8 else np.int16 if top < 2**15 else np.int32
-    return torch.from_numpy(values.astype(kind))

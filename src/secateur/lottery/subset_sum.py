@@ -21,6 +21,7 @@ from secateur.errors import UsageError
 from secateur.lottery.construction import Construction, Found, Plan, Task
 from secateur.lottery.laws import Law, LawKind
 from secateur.lottery.search import Floats, Ints, Pools, Subsets, subsets
+from secateur.lottery.sizing import check_choice, check_whole
 
 MARGIN = 14
 """Products beyond log2(w_max / eps): measured to meet all of 4e5 weights (benchmarks)."""
@@ -47,20 +48,12 @@ class SubsetSumTicket(Construction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.products is not None and not 1 <= self.products <= MOST:
-            raise UsageError(
-                f"products per weight lie between 1 and {MOST} (2^(n/2) steps per weight)",
-                field="products",
-                value=self.products,
-                fix="products=21",
-            )
-        if self.law not in ("uniform", "normal"):
-            raise UsageError(
-                "subset sums want a law that is dense around 0",
-                field="law",
-                value=self.law,
-                fix="uniform or normal",
-            )
+        if self.products is not None:  # 2^(n/2) steps per weight
+            check_whole("products", self.products, 1, MOST)
+        if not isinstance(self.exact, bool):
+            raise UsageError("yes or no", field="exact", value=self.exact, fix="exact=True")
+        # Subset sums want a law that is dense around 0.
+        check_choice("law", self.law, ("uniform", "normal"))
 
     def plan(self, task: Task, tasks: list[Task], plans: list[Plan]) -> Plan:
         """Pools large enough to hold n neurons of the right in-sign, all pools together."""

@@ -24,6 +24,15 @@ from secateur.lottery.philox import ROLE_IN, ROLE_OUT
 Ints = NDArray[np.int64]
 
 
+def narrow(values: Ints) -> NDArray[Any]:
+    """The same whole numbers, 0 or more, in the smallest type that safetensors and torch share."""
+    top = int(values.max(initial=0))
+    for kind in (np.uint8, np.int16, np.int32):
+        if top <= np.iinfo(kind).max:
+            return values.astype(kind)
+    return values
+
+
 @dataclass(frozen=True)
 class TicketLayer:
     """The surviving edges of one target layer.
@@ -71,6 +80,20 @@ class TicketLayer:
             draw(self.law, seed, number, ROLE_OUT, pool, self.neuron, self.output)
         )
 
+    def lists(self, layer: Layer) -> dict[str, NDArray[Any]]:
+        """What a file holds of this layer, in the smallest types: see ``store``."""
+        columns = layer.matrix.shape[1]
+        counts = np.bincount(
+            self.output * columns + self.column,
+            minlength=layer.matrix.shape[0] * self.copies * columns,
+        )
+        same = len(self.sizes) > 0 and bool((self.sizes == self.sizes[0]).all())
+        return {
+            "sizes": narrow(self.sizes[:1] if same else self.sizes),
+            "counts": narrow(counts),
+            "neurons": narrow(self.neuron),
+        }
+
     def check(self, layer: Layer, name: str) -> None:
         """Refuse edges that are not edges of the random network, or that occur twice."""
         outputs, columns = layer.matrix.shape
@@ -100,7 +123,7 @@ class TicketSize:
         neurons: intermediate random neurons.
         random: parameters of the dense random network.
         kept: parameters the mask keeps (in-edges of live neurons + out-edges).
-        seed_and_bits: bytes of the ticket's edge lists on disk, before any general compression.
+        seed_and_bits: bytes of the ticket's lists on disk (pool sizes, edges a cell, neurons).
     """
 
     target: int
@@ -175,8 +198,7 @@ class Ticket:
             own = ~part.is_carried(layer)
             live = np.stack([part.pool_of_edges(columns), part.neuron])[:, own]
             kept += np.unique(live, axis=1).shape[1] + len(part.output)
-            width = 1 if part.neuron.max(initial=0) < 256 else 2
-            stored += outputs * part.copies * columns + width * len(part.output)
+            stored += sum(values.nbytes for values in part.lists(layer).values())
         return TicketSize(self.target.weights, neurons, random, kept, stored)
 
     def check(self) -> None:

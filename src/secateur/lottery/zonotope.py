@@ -192,9 +192,11 @@ def _activate(slope: float, value: Form, gap: Form, folded: FoldedLayer) -> tupl
     out = torch.maximum(wide_high, wide_high + off) < 0
     new_value = _relax(slope, value, low, high)
     mixed = ~(on | out)
-    middle = torch.where(on, 1.0, torch.where(out, slope, (1 + slope) / 2))
+    # Filled in float64: two scalars in torch.where would make a float32 slope.
+    middle = torch.full_like(wide_low, (1 + slope) / 2)
+    middle = middle.masked_fill(on, 1.0).masked_fill(out, slope)
     symbols = new_value.generators.shape[0] - count
-    new_gap = gap.scaled(middle.double()).padded(symbols)
+    new_gap = gap.scaled(middle).padded(symbols)
     new_gap = new_gap.with_symbols((1 - slope) / 2 * off * inflation(2), mixed)
     new_value = new_value.padded(new_gap.generators.shape[0] - new_value.generators.shape[0])
     return back(new_value, geometry.assemble), back(new_gap, folded.assemble)
@@ -205,7 +207,7 @@ def _relax(slope: float, value: Form, low: Tensor, high: Tensor) -> Form:
     open_sign = (low < 0) & (high > 0)
     spread = torch.where(open_sign, high - low, 1.0)
     tilt = (high - slope * low) / spread
-    factor = torch.where(open_sign, tilt, torch.where(low >= 0, 1.0, slope))
+    factor = torch.where(open_sign, tilt, torch.ones_like(low).masked_fill(low < 0, slope))
     mu = torch.where(open_sign, (1 - slope) * (-low * high) / spread / 2, 0.0)
     scaled = value.scaled(factor)
     slack = scaled.slack + 16 * UNIT * (mu + torch.maximum(low.abs(), high.abs())) * open_sign

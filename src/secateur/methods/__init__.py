@@ -13,6 +13,7 @@ methods: Registry[type[Described]] = Registry(
         "ria": "secateur.methods.ria:RIA",
         "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
         "random": "secateur.methods.magnitude:Random",
+        "maskllm": "secateur.methods.maskllm:MaskLLM",
         "slimgpt": "secateur.methods.slimgpt:SlimGPT",
         "llm-pruner": "secateur.methods.llm_pruner:LLMPruner",
         "heads": "secateur.methods.heads:Heads",

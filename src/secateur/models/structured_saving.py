@@ -24,7 +24,7 @@ from secateur.masks.structured import StructuredMask, remember, structure_of
 from secateur.models.anatomy import text_config
 from secateur.models.names import CheckpointMap
 from secateur.models.position_bias import has_own_biases, uses_alibi
-from secateur.models.saving import tied_names
+from secateur.models.saving import save_config_and_tokenizer, tied_names
 from secateur.models.shards import SafetensorsFolder
 from secateur.models.streaming import without_weights
 from secateur.models.surgery import original_config, shrink
@@ -189,6 +189,34 @@ def _fits(model: nn.Module, config: Any, kind: Any) -> bool:
         return False
     wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     return wanted == {n: tuple(t.shape) for n, t in skeleton.state_dict().items()}
+
+
+def save_words(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    facts: dict[str, Any],
+    stored: torch.dtype | None = None,
+    form: Form | None = None,
+) -> None:
+    """Config and tokenizer, and the manifest of a model that lost units; weights come apart.
+
+    Args:
+        facts: entries for the manifest (how it was pruned).
+        stored: the type the weights are written in, if another than they have.
+        form: what ``form_of(model)`` gave, if it is known already.
+    """
+    if structure_of(model) is None:
+        save_config_and_tokenizer(model, tokenizer, folder, stored)
+        return
+    form = form or form_of(model)
+    write_manifest(folder, model, form, facts)
+    own: Any = model.config
+    model.config = form.config
+    try:
+        save_config_and_tokenizer(model, tokenizer, folder, stored, form.architecture)
+    finally:
+        model.config = own
 
 
 # -- the manifest -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.evaluation.flops import count_flops
+from secateur.evaluation.speed import cache_name, cache_of
 from secateur.models.discovery import is_linear
 from secateur.models.unit_search import layout_of
 
@@ -66,13 +67,14 @@ def _timed(model: Any, ids: Tensor, decode: bool, clock: Callable[[], float]) ->
     cache: Any = None
     if decode:
         output = model(input_ids=ids, use_cache=True)
-        cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        cache, token = cache_of(output), output.logits[:, -1:].argmax(-1)
+    key = cache_name(model)
     with _watched(model, spent, clock):
         start = clock()
         if decode:
             for _ in range(_DECODED):
-                step = model(input_ids=token, past_key_values=cache, use_cache=True)
-                token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+                step = model(input_ids=token, use_cache=True, **{key: cache})
+                token, cache = step.logits[:, -1:].argmax(-1), cache_of(step)
         else:
             model(input_ids=ids, use_cache=True)
         total = clock() - start

@@ -10,10 +10,9 @@ from torch import Tensor
 from secateur.allocation.plan import Plan
 from secateur.errors import VerificationError
 from secateur.masks.store import merge_masks
-from secateur.masks.structured import structure_of
-from secateur.models.saving import cast, outside_state, save_config_and_tokenizer
+from secateur.models.saving import cast, outside_state
 from secateur.models.shards import write_index, write_shard
-from secateur.models.structured_saving import Form, form_of, write_manifest
+from secateur.models.structured_saving import Form, save_words
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
 
@@ -46,19 +45,9 @@ def finish_checkpoint(session: Session, folder: RunFolder) -> None:
 
 def save_form(session: Session, folder: RunFolder, form: Form | None = None) -> None:
     """Config and tokenizer; of a model that lost units, now or before, the manifest too."""
-    model, tokenizer, stored = session.loaded.model, session.loaded.tokenizer, session.loaded.stored
-    if structure_of(model) is None:
-        save_config_and_tokenizer(model, tokenizer, folder.path, stored)
-        return
-    form = form or form_of(model)
     facts = {"method": session.recipe.method, "target": str(session.recipe.target)}
-    write_manifest(folder.path, model, form, facts)
-    config = model.config
-    model.config = form.config
-    try:
-        save_config_and_tokenizer(model, tokenizer, folder.path, stored, form.architecture)
-    finally:
-        model.config = config
+    loaded = session.loaded
+    save_words(folder.path, loaded.model, loaded.tokenizer, facts, loaded.stored, form)
 
 
 @torch.no_grad()

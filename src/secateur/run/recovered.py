@@ -7,7 +7,7 @@ say that the recovered ones count.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,30 @@ def recover(
         if session.ranks.leads:
             keep(session, folder, record)
     return record
+
+
+def recover_dense(
+    session: Session,
+    recoverer: Recoverer,
+    folder: RunFolder | None,
+    quality: Callable[[], dict[str, Any] | None],
+) -> dict[str, Any]:
+    """Recover a model whose units were cut out: it is smaller and dense, nothing is masked.
+
+    The training's checkpoint stays in the folder, so a run taken up again goes through it.
+    """
+    name = "recovery-before.json"
+    before = None if folder is None else folder.read(name)
+    if before is None:
+        before = quality()
+        if folder is not None and before is not None:
+            folder.save(name, before)
+    recoverer.view = session.view
+    structure = recoverer.structure()
+    where = None if folder is None else folder.inner / "recovery" / "last"
+    with session.timed("recovery"):
+        record = recoverer.recover({}, where)
+    return {**record, "structure": structure, "before": before}
 
 
 def keep(session: Session, folder: RunFolder, record: dict[str, Any]) -> None:

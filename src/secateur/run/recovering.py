@@ -21,12 +21,14 @@ from secateur.evaluation.speed import machine
 from secateur.export.huggingface import reference_logits, verify_folder
 from secateur.masks.store import FILE_NAME as MASKS
 from secateur.masks.store import load_masks, save_masks
+from secateur.masks.structured import structure_of
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import Loaded, load
 from secateur.models.names import CheckpointMap
-from secateur.models.saving import block_state, cast, outside_state, save_config_and_tokenizer
+from secateur.models.saving import block_state, cast, outside_state
 from secateur.models.shards import INDEX, SafetensorsFolder, write_index, write_shard
 from secateur.models.state import evaluating, quiet
+from secateur.models.structured_saving import save_words
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Evaluation, Recovery
 from secateur.run.folder import RunFolder, writable
@@ -34,6 +36,7 @@ from secateur.run.ranks import Ranks
 from secateur.run.recovery import Recoverer, dense_again, dense_copy, restructure
 from secateur.run.results import publish
 from secateur.run.runner import Result, peak_memory
+from secateur.run.structured_saving import reopen_structured
 from secateur.run.verifying import PROBE, PROBE_TOKENS
 from secateur.tensorfile import save_tensors
 from secateur.training.masked import check_masks, masks_from_zeros
@@ -76,6 +79,13 @@ def recover_model(
     Raises:
         UsageError: no mask, or one that does not fit; see ``Recoverer.of``.
     """
+    if spec.rounds > 1:
+        raise UsageError(
+            "rounds of pruning and retraining begin with the dense model",
+            field="recovery.method" if spec.cycles is None else "recovery.cycles",
+            value=spec.method if spec.cycles is None else spec.cycles,
+            fix=f"secateur prune MODEL --recover {spec.method}; or --with full for retraining alone",
+        )
     if out is not None:
         writable(out)
     ranks = Ranks.from_environment(device)
@@ -148,7 +158,7 @@ def save_recovered(
         size += sum(t.nbytes for t in state.values())
     transposed = [m.name for m in view.matrices() if m.transposed and m.name in masks]
     save_masks(path / MASKS, masks, {"transposed": transposed} if transposed else {})
-    save_config_and_tokenizer(loaded.model, loaded.tokenizer, path, loaded.stored)
+    save_words(path, loaded.model, loaded.tokenizer, {"recovered": True}, loaded.stored)
     write_index(path, places, size)
     ids = (
         windows.ids[:1, :PROBE_TOKENS].contiguous()
@@ -160,6 +170,8 @@ def save_recovered(
     words = {"dtype": str(kind).removeprefix("torch."), "device": loaded.device.type}
     save_tensors(folder.inner / PROBE, {"ids": ids, "logits": logits}, words)
     try:
+        if structure_of(loaded.model) is not None:
+            return reopen_structured(path, ids, logits, kind, loaded.device)
         with quiet():
             return {
                 "loaded": True,
@@ -217,6 +229,8 @@ def _masks(
         return dict(load_masks(masks))
     if masks is not None:
         return {name: masks[name] for name in masks}
+    if structure_of(view.model) is not None:
+        return {}  # units are gone for good, so nothing has to be kept at zero
     place = None if run is None else Path(str(run["folder"]))
     if place is not None and (place / MASKS).exists():
         return dict(load_masks(place))

@@ -239,6 +239,7 @@ def _settings(spec: Recovery, train: tuple[str, ...], kind: str | None) -> Train
         patience=spec.patience,
         validate_every=spec.validate_every,
         precision=spec.precision,
+        shard=spec.shard,
     )
 
 

@@ -22,6 +22,7 @@ from secateur.errors import UsageError
 from secateur.evidence.store import EvidenceStore
 from secateur.masks.store import JoinedMasks
 from secateur.methods import Need, methods
+from secateur.methods.maskllm import MaskLLM
 from secateur.methods.structured_base import StructuredMethod
 from secateur.models.loading import Loaded
 from secateur.models.shards import INDEX
@@ -33,6 +34,7 @@ from secateur.run.engine import BlockResult, Engine
 from secateur.run.evidence import gather_gradients
 from secateur.run.finish import finish_checkpoint, verify_zeros
 from secateur.run.folder import RECOVERED, RunFolder, writable
+from secateur.run.learned import check_learned, learn
 from secateur.run.measure import measure_quality, measure_size, measure_speed
 from secateur.run.planning import make_plan
 from secateur.run.recovered import earlier_cycles, recover, recoverer_of
@@ -111,6 +113,8 @@ def execute(
             "a streamed model is written as it is pruned", field="out", fix="--out DIR"
         )
     session = prepare(recipe, loaded, calibration, progress)
+    if isinstance(session.method, MaskLLM):
+        check_learned(session)
     recoverer = recoverer_of(session, owned=loaded is None)
     with ExitStack() as stack:
         folder = None
@@ -131,7 +135,13 @@ def execute(
             for cycle, earlier in enumerate(earlier_cycles(session)):
                 cut = prune_blocks(earlier, make_plan(earlier))
                 recover(session, recoverer, JoinedMasks(r.masks for r in cut), folder, cycle)
-        results = prune_blocks(session, plan, folder, evidence)
+        learning = None
+        if isinstance(session.method, MaskLLM):
+            results, learning = learn(
+                session, plan, folder, evidence, quality, prune_blocks, calibration
+            )
+        else:
+            results = prune_blocks(session, plan, folder, evidence)
         masks: Mapping[str, Tensor] = JoinedMasks(result.masks for result in results)
         recovery = None
         if recoverer is not None:
@@ -159,6 +169,7 @@ def execute(
             reopened=reopened,
         )
         report["recovery"] = recovery
+        report["learning"] = learning
         if folder is not None:
             publish(report, folder)
             folder.event("finished", delivered=report["totals"]["delivered"])

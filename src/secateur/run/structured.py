@@ -29,6 +29,7 @@ from secateur.progress import SILENT, Progress
 from secateur.recipe import Recipe
 from secateur.run.folder import RunFolder, writable
 from secateur.run.measure import measure_quality
+from secateur.run.recovered import recover_dense, recoverer_of
 from secateur.run.results import publish
 from secateur.run.session import Session, identity, prepare, resolve
 from secateur.run.structured_blocks import prune_unit_blocks
@@ -61,6 +62,7 @@ def execute_structured(
         raise UsageError(
             "structured runs use one process", field="ranks", value=session.ranks.world
         )
+    recoverer = recoverer_of(session, owned=loaded is None)
     method = cast(StructuredMethod, session.method)
     model = session.loaded.model
     keep_original_config(model)
@@ -88,6 +90,9 @@ def execute_structured(
             apply_mask(model, mask)
             shrink(model, mask)
         session.view = judged.view = ModelView.of(model, recipe.blocks)
+        recovery = None
+        if recoverer is not None:
+            recovery = recover_dense(session, recoverer, folder, quality)
         form = form_of(model)
         reopened = None
         if folder is not None:
@@ -109,6 +114,7 @@ def execute_structured(
             memory_peak=peak,
             reopened=reopened,
         )
+        report["recovery"] = recovery
         if folder is not None:
             publish(report, folder)
             folder.event("finished", delivered=report["totals"]["delivered"])
@@ -147,14 +153,7 @@ def _refuse(recipe: Recipe) -> None:
                 value=getattr(recipe, field),
                 fix=f"leave {field} out; what may be set is under 'structure' and in --option",
             )
-    if recipe.recovery is not None:
-        raise UsageError(
-            "training follows in a run of its own",
-            field="recovery",
-            value=recipe.recovery.method,
-            fix="leave recovery out, then prune the folder written here with method magnitude, "
-            "sparsity 0 and this recovery",
-        )
+    _refuse_recovery(recipe)
     for field in ("include", "exclude"):
         if getattr(recipe, field):
             raise UsageError(
@@ -177,6 +176,34 @@ def _refuse(recipe: Recipe) -> None:
             field="ranking",
             value="global",
             fix="ranking: local, or leave uniform and round_to out",
+        )
+
+
+def _refuse_recovery(recipe: Recipe) -> None:
+    """Recoveries that mean nothing, or cannot be written, where whole units are gone."""
+    spec = recipe.recovery
+    if spec is None:
+        return
+    if spec.rounds > 1:
+        raise UsageError(
+            "cycles of pruning and retraining are for masks of single weights",
+            field="recovery.method",
+            value=spec.method,
+            fix="method: perp with train: [lora], or full",
+        )
+    if spec.method == "reconstruct" and {"stem", "layer"} & set(recipe.structure.kinds or ()):
+        raise UsageError(
+            "without the same width and layers its blocks have no dense counterparts",
+            field="recovery.method",
+            value=spec.method,
+            fix="method: perp with train: [lora], or full",
+        )
+    if spec.add_biases:
+        raise UsageError(
+            "a cut model's config has no words for added biases",
+            field="recovery.add_biases",
+            value=True,
+            fix="leave it out",
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError, UsageError
 from secateur.tensorfile import opened, save_tensors
+from secateur.training.sharding import alike, wholes
 
 FILE = "training.safetensors"
 METRICS = "metrics.jsonl"
@@ -44,7 +45,7 @@ def restore_optimizer(
         if name in named:
             parameter = named[name]
             # AdamW counts its steps in a tensor on the CPU; moments lie beside the parameter.
-            place = value if value.ndim == 0 else value.to(parameter.device)
+            place = value if value.ndim == 0 else alike(value, parameter)
             optimizer.state[parameter][key] = place.clone()
 
 
@@ -55,14 +56,21 @@ def save(
     best: Mapping[str, Tensor],
     hooks: Mapping[str, Tensor],
     record: dict[str, Any],
+    *,
+    leads: bool = True,
 ) -> None:
-    """Write the checkpoint, replacing the last one."""
+    """Write the checkpoint, replacing the last one; only the process that ``leads`` does.
+
+    Every process must call it: what is sharded has to be gathered.
+    """
     tensors = {f"parameter/{n}": p.detach() for n, p in named.items()}
     tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors(optimizer, named).items()}
     tensors |= {f"best/{n}": t for n, t in best.items()}
     tensors |= {f"hook/{n}": t for n, t in hooks.items()}
     words = {"format": _FORMAT, "record": json.dumps(record)}
-    save_tensors(folder / FILE, {n: t.contiguous() for n, t in tensors.items()}, words)
+    gathered = {n: t.contiguous() for n, t in wholes(tensors).items()}
+    if leads:
+        save_tensors(folder / FILE, gathered, words)
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:

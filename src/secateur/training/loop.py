@@ -18,186 +18,42 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from secateur.data.windows import Shuffled, Windows
 from secateur.errors import MissingExtra, NumericsError, UsageError
 from secateur.files import told_plainly
 from secateur.progress import SILENT, Progress
 from secateur.training import checkpoint
+from secateur.training.hooks import (
+    Batch,
+    Fitted,
+    Hook,
+    Loss,
+    Training,
+    make_optimizer,
+    next_token_loss,
+    trainable,
+)
 from secateur.training.settings import TrainSettings
+from secateur.training.sharding import alike, shard, take_over, whole
 
-_STALE = 50
-"""Losses whose mean is called the last loss."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows of one forward: ``ids`` (B, L) int64, ``mask`` (B, L) bool or None."""
-
-    ids: Tensor
-    mask: Tensor | None = None
-
-    @property
-    def predicted(self) -> int:
-        """Tokens whose prediction is scored."""
-        if self.mask is None:
-            return int(self.ids.shape[0] * (self.ids.shape[1] - 1))
-        return int((self.mask[:, 1:] & self.mask[:, :-1]).sum())
-
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) to the mean loss over the batch's predicted tokens."""
-
-
-@dataclass
-class Training:
-    """A training under way, as hooks see it.
-
-    Attributes:
-        model: what is trained.
-        named: the trained parameters by name.
-        step: steps finished so far.
-    """
-
-    model: nn.Module
-    settings: TrainSettings
-    named: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    accelerator: Any
-    step: int = 0
-    options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None
-
-    @property
-    def done(self) -> float:
-        """Share of the steps finished, for schedules."""
-        return self.step / self.settings.steps
-
-    def refresh(self, carry: Callable[[str, str, Tensor], Tensor | None]) -> None:
-        """Take note of parameters that surgery replaced, keeping optimizer state.
-
-        Args:
-            carry: (parameter's name, state's key, old tensor) to what the new parameter starts
-                with, None to start anew. Called for state whose shape no longer fits.
-        """
-        old = checkpoint.optimizer_tensors(self.optimizer, self.named)
-        self.named = trainable(self.model)
-        self.optimizer = make_optimizer(self.named, self.settings, self.options)
-        kept: dict[str, Tensor] = {}
-        for full, value in old.items():
-            name, _, key = full.rpartition("#")
-            parameter = self.named.get(name)
-            if parameter is None:
-                continue
-            fits = value.ndim == 0 or value.shape == parameter.shape
-            new = value if fits else carry(name, key, value)
-            if new is not None:
-                kept[full] = new
-        checkpoint.restore_optimizer(self.optimizer, self.named, kept)
-
-
-class Hook:
-    """What a procedure adds to the loop; every method may be left out."""
-
-    def begin(self, at: Training) -> None:
-        """Before the first step of this process (also of a resumed training)."""
-
-    def before_forward(self, at: Training) -> None:
-        """Before each forward: draw masks, set temperatures."""
-
-    def after_backward(self, at: Training) -> None:
-        """When a step's gradients are complete, before they are clipped."""
-
-    def after_step(self, at: Training) -> None:
-        """After the optimizer's step; ``at.step`` counts it already."""
-
-    def end(self, at: Training) -> None:
-        """After the last step, also when it stopped early."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What has to be kept with a checkpoint, beyond the trained parameters."""
-        return {}
-
-    def restore(self, state: dict[str, Tensor], at: Training) -> None:
-        """Put ``state`` back, before the parameters are (re-do surgery, then ``at.refresh``)."""
-
-
-@dataclass
-class Fitted:
-    """What a training did.
-
-    Attributes:
-        losses: of every step.
-        stopped: ``finished`` or ``early`` (its best state was put back).
-        resumed: the step it went on from.
-    """
-
-    steps: int
-    losses: list[float]
-    trained: int
-    total: int
-    tokens: int
-    seconds: float
-    stopped: str = "finished"
-    resumed: int = 0
-    validations: list[tuple[int, float]] = field(default_factory=list)
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        last = self.losses[-_STALE:]
-        return {
-            "steps": self.steps,
-            "first_loss": self.losses[0] if self.losses else None,
-            "last_loss": sum(last) / len(last) if last else None,
-            "trained": self.trained,
-            "total": self.total,
-            "share": self.trained / max(1, self.total),
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
-            "stopped": self.stopped,
-            "validations": self.validations,
-        }
-
-
-def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy (nats) of each token given those before it."""
-    mask = {} if batch.mask is None else {"attention_mask": batch.mask.long()}
-    logits: Tensor = model(input_ids=batch.ids, use_cache=False, **mask).logits[:, :-1]
-    targets = batch.ids[:, 1:]
-    if batch.mask is not None:
-        targets = targets.masked_fill(~(batch.mask[:, 1:] & batch.mask[:, :-1]), -100)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients, shared ones once."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
-def make_optimizer(
-    named: Mapping[str, nn.Parameter],
-    settings: TrainSettings,
-    options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None,
-) -> torch.optim.Optimizer:
-    """AdamW or SGD over ``named``; ``options`` may give a parameter ``lr_scale`` and others."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in named.items():
-        own: dict[str, Any] = {
-            "weight_decay": settings.weight_decay if parameter.dim() > 1 else 0.0
-        }
-        own |= {"lr_scale": 1.0} | dict(options(name, parameter) if options else {})
-        group = groups.setdefault(json.dumps(own, sort_keys=True), {**own, "params": []})
-        group["params"].append(parameter)
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(list(groups.values()), lr=settings.lr, momentum=settings.momentum)
-    return torch.optim.AdamW(list(groups.values()), lr=settings.lr, betas=settings.betas)
+__all__ = [
+    "Batch",
+    "Fitted",
+    "Hook",
+    "Loss",
+    "Training",
+    "fit",
+    "make_optimizer",
+    "next_token_loss",
+    "trainable",
+]
 
 
 def fit(
@@ -212,6 +68,7 @@ def fit(
     folder: Path | None = None,
     fresh: bool = False,
     identity: Mapping[str, Any] | None = None,
+    blocks: Sequence[str] = (),
     progress: Progress = SILENT,
     label: str = "training",
 ) -> Fitted:
@@ -228,6 +85,7 @@ def fit(
         folder: where the checkpoint and ``metrics.jsonl`` lie; a training already there goes on.
         fresh: throw away what lies there.
         identity: what else the result depends on; another one is refused on resume.
+        blocks: names of the modules that ``settings.shard`` gathers one at a time.
 
     Raises:
         UsageError: nothing to train; the folder holds a training with other settings.
@@ -238,11 +96,41 @@ def fit(
     if not named:
         raise UsageError("no parameter is to be trained", field="train", value=[])
     accelerator = _accelerator(model, settings)
+    device = next(model.parameters()).device
+    sharded = settings.shard and accelerator.num_processes > 1
+    worker = model
+    if sharded:
+        _refuse_unshardable(settings, accelerator.num_processes, validate is not None)
+        worker = shard(model, blocks)
+        named = trainable(worker)
     at = Training(
-        model, settings, named, make_optimizer(named, settings, options), accelerator,
+        worker, settings, named, make_optimizer(named, settings, options), accelerator,
         options=options,
     )  # fmt: skip
-    run = _Run(at, data, loss, tuple(hooks), validate, folder, identity or {})
+    try:
+        return _train(
+            at, data, loss, tuple(hooks), validate, folder, fresh, identity or {}, progress, label
+        )
+    finally:
+        if sharded:
+            take_over(model, at.model, device)
+
+
+def _train(
+    at: Training,
+    data: Windows,
+    loss: Loss,
+    hooks: tuple[Hook, ...],
+    validate: Callable[[], float] | None,
+    folder: Path | None,
+    fresh: bool,
+    identity: Mapping[str, Any],
+    progress: Progress,
+    label: str,
+) -> Fitted:
+    """``fit`` once everything is in place."""
+    settings = at.settings
+    run = _Run(at, data, loss, hooks, validate, folder, identity)
     with _own_randomness(), _patient_interrupt() as interrupted:
         run.restore(fresh)
         for hook in hooks:
@@ -306,6 +194,12 @@ class _Run:
     def leads(self) -> bool:
         return bool(self.at.accelerator.is_main_process)
 
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            parameter = self.at.named[name]
+            parameter.copy_(value if isinstance(value, DTensor) else alike(value, parameter))
+
     def _copied(self) -> dict[str, Tensor]:
         return {n: p.detach().clone() for n, p in self.at.named.items()}
 
@@ -316,7 +210,7 @@ class _Run:
         at, settings = self.at, self.at.settings
         world, rank = at.accelerator.num_processes, at.accelerator.process_index
         rows = self.order.rows(at.step * settings.batch, settings.batch)
-        whole = self._batch(rows)
+        everyones = self._batch(rows)
         mine = rows[rank::world]
         torch.manual_seed(_mixed(settings.seed, at.step, rank))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -326,7 +220,7 @@ class _Run:
             for hook in self.hooks:
                 hook.before_forward(at)
             # Weighted by scored tokens, so that no split into forwards or processes matters.
-            share = batch.predicted / max(1, whole.predicted)
+            share = batch.predicted / max(1, everyones.predicted)
             with at.accelerator.autocast():
                 value = self.loss(at.model, batch) * share
             at.accelerator.backward(value)
@@ -338,8 +232,9 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(
             list(at.named.values()), math.inf if settings.clip is None else settings.clip
         )
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            self._diverged(loss, float(norm))
+        size_of_gradient = float(whole(norm))
+        if not math.isfinite(loss) or not math.isfinite(size_of_gradient):
+            self._diverged(loss)
         for group in at.optimizer.param_groups:
             group["lr"] = settings.rate(at.step) * group["lr_scale"]
         at.optimizer.step()
@@ -362,6 +257,11 @@ class _Run:
         if self.at.accelerator.num_processes == 1:
             return
         torch.distributed.all_reduce(total)
+        if self.at.settings.shard:  # summed already, and divided by the number of processes
+            for parameter in self.at.named.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.at.accelerator.num_processes)
+            return
         by_type: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in self.at.named.values():
             if parameter.grad is None:  # this process's windows did not reach it
@@ -374,7 +274,7 @@ class _Run:
             for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
 
-    def _diverged(self, loss: float, norm: float) -> None:
+    def _diverged(self, loss: float) -> None:
         """Back to the last good state, and say so."""
         self.at.optimizer.zero_grad(set_to_none=True)
         good, kept = self.good, "the model is as it was before training"
@@ -383,9 +283,7 @@ class _Run:
             good = found[0]["parameter"] if found else {}
             if found:
                 kept = f"the checkpoint of step {found[1]['step']} is kept"
-        with torch.no_grad():
-            for name, value in good.items():
-                self.at.named[name].copy_(value)
+        self._put(good)
         what = "loss" if not math.isfinite(loss) else "gradient"
         raise NumericsError(
             f"the {what} is not finite at step {self.at.step + 1}; {kept}",
@@ -415,9 +313,7 @@ class _Run:
             hook.restore(
                 {n[len(own) :]: t for n, t in tensors["hook"].items() if n.startswith(own)}, self.at
             )
-        with torch.no_grad():
-            for name, value in tensors["parameter"].items():
-                self.at.named[name].copy_(value)
+        self._put(tensors["parameter"])
         checkpoint.restore_optimizer(self.at.optimizer, self.at.named, tensors["optimizer"])
         self.at.step = record["step"]
         self.best = tensors["best"]
@@ -437,22 +333,22 @@ class _Run:
         if self.folder is None:
             self.good = self._copied()
             return
-        if self.leads:
-            record = {
-                "identity": json.loads(json.dumps(self.identity)),
-                "step": self.at.step,
-                "best": None if math.isinf(self.best_value) else self.best_value,
-                "worse": self.worse,
-                "stopped": self.stopped_early,
-                "seconds": self.fitted.seconds,
-                "validations": self.fitted.validations,
-            }
-            hooked = {
-                f"{i}/{n}": t for i, hook in enumerate(self.hooks) for n, t in hook.state().items()
-            }
-            checkpoint.save(
-                self.folder, self.at.named, self.at.optimizer, self.best, hooked, record
-            )
+        record = {
+            "identity": json.loads(json.dumps(self.identity)),
+            "step": self.at.step,
+            "best": None if math.isinf(self.best_value) else self.best_value,
+            "worse": self.worse,
+            "stopped": self.stopped_early,
+            "seconds": self.fitted.seconds,
+            "validations": self.fitted.validations,
+        }
+        hooked = {
+            f"{i}/{n}": t for i, hook in enumerate(self.hooks) for n, t in hook.state().items()
+        }
+        checkpoint.save(
+            self.folder, self.at.named, self.at.optimizer, self.best, hooked, record,
+            leads=self.leads,
+        )  # fmt: skip
         self.at.accelerator.wait_for_everyone()
 
     def log(self, loss: float, speed: float) -> None:
@@ -494,9 +390,24 @@ class _Run:
     def finish(self) -> None:
         """Put the best state back where one was looked for."""
         self.fitted.stopped = "early" if self.stopped_early else "finished"
-        with torch.no_grad():
-            for name, value in self.best.items():
-                self.at.named[name].copy_(value)
+        self._put(self.best)
+
+
+def _refuse_unshardable(settings: TrainSettings, world: int, validates: bool) -> None:
+    if settings.batch % world:
+        raise UsageError(
+            f"sharded, every one of {world} processes takes the same number of windows",
+            field="batch",
+            value=settings.batch,
+            fix=f"a multiple of {world}",
+        )
+    if validates:
+        raise UsageError(
+            "a sharded training does not stop early",
+            field="shard",
+            value=True,
+            fix="patience: null",
+        )
 
 
 # -- surroundings -----------------------------------------------------------------------------

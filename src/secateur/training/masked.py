@@ -15,6 +15,7 @@ from torch import Tensor
 from secateur.errors import UsageError, VerificationError
 from secateur.models.anatomy import Matrix, ModelView
 from secateur.training.loop import Hook, Training
+from secateur.training.sharding import alike
 
 
 class KeepZeros(Hook):
@@ -26,30 +27,34 @@ class KeepZeros(Hook):
 
     def __init__(self, view: ModelView, masks: Mapping[str, Tensor]) -> None:
         self.view, self.masks = view, masks
-        self._placed: list[tuple[Matrix, Tensor]] = []
+        self._gone: dict[str, Tensor] = {}
 
     def begin(self, at: Training) -> None:
         """See ``Hook``."""
-        ours = {id(p) for p in at.named.values()}
-        self._placed = [
-            (m, self.masks[m.name].to(m.stored.device))
-            for m in self.view.matrices()
-            if m.name in self.masks and id(m.stored) in ours
-        ]
+        gone: dict[str, Tensor] = {}
+        for matrix in self.view.matrices():
+            parameter = at.named.get(matrix.key)
+            if parameter is None or matrix.name not in self.masks:
+                continue
+            whole = gone.setdefault(
+                matrix.key, torch.zeros(tuple(parameter.shape), dtype=torch.bool)
+            )
+            _seen(matrix, whole).copy_(self.masks[matrix.name])
+        self._gone = {name: alike(mask, at.named[name]) for name, mask in gone.items()}
 
     @torch.no_grad()
     def after_backward(self, at: Training) -> None:
         """See ``Hook``."""
-        for matrix, mask in self._placed:
-            grad = matrix.stored.grad
+        for name, gone in self._gone.items():
+            grad = at.named[name].grad
             if grad is not None:
-                _seen(matrix, grad).masked_fill_(mask, 0)
+                grad.masked_fill_(gone, 0)
 
     @torch.no_grad()
     def after_step(self, at: Training) -> None:
         """See ``Hook``."""
-        for matrix, mask in self._placed:
-            matrix.tensor().masked_fill_(mask, 0)
+        for name, gone in self._gone.items():
+            at.named[name].masked_fill_(gone, 0)
 
 
 def _seen(matrix: Matrix, tensor: Tensor) -> Tensor:

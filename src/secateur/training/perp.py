@@ -180,6 +180,7 @@ def _fit(
             validate=validate,
             folder=folder,
             identity=identity,
+            blocks=[block.name for block in view.blocks],
             progress=progress,
             label="recovering",
         )

@@ -32,6 +32,8 @@ class TrainSettings:
         validate_every: steps between two validations.
         precision: ``bf16`` computes in bfloat16 (parameters stay as they are); ``auto``: where
             the device is a GPU that has it.
+        shard: with several processes, share weights, gradients and optimizer state out over
+            them (FSDP) instead of holding all of them in each.
     """
 
     steps: int = 100
@@ -50,6 +52,7 @@ class TrainSettings:
     patience: int | None = None
     validate_every: int = 50
     precision: Precision = "auto"
+    shard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch", "checkpoint_every", "validate_every"):

@@ -34,8 +34,8 @@ MEMORY = 0.1
 """Weight of the newest pruning in the running mean (as in the volume algorithm)."""
 THRESHOLDS = (0.1, 0.5, 0.9)
 ROUND_EVERY = 5
-LONGER, SHORTER = 1.05, 0.99
-"""What a better, a worse round does to the length of averaged steps."""
+SHORTER = 0.99
+"""What every round does to the length of averaged steps (measured: growing them again loses)."""
 PARALLEL_FROM = 500_000
 """First-use entries from which threads pay for themselves."""
 
@@ -62,7 +62,8 @@ class _Relaxation:
         bounds = tree_chunks(problem, min(threads, len(np.unique(problem.tree)))).tolist()
         self.chunks = list(pairwise(bounds))
         parts, keys = len(self.chunks), problem.n_keys
-        self.beta = np.zeros(len(problem.key), dtype=np.float32)
+        # Not float32: rounded, the multipliers converge three times farther from the optimum.
+        self.beta = np.zeros(len(problem.key))
         self.value = np.empty(problem.n_nodes)
         self.kept = np.zeros(problem.n_nodes, dtype=np.bool_)
         self.asked = np.zeros((parts, keys), dtype=np.bool_)
@@ -120,7 +121,7 @@ class _Relaxation:
             )
         )  # fmt: skip
 
-    def step(self, share: float, missing: float, start: NDArray[np.float32], mean: bool) -> bool:
+    def step(self, share: float, missing: float, start: NDArray[np.float64], mean: bool) -> bool:
         """From multipliers ``start``, along the newest (or the mean) sub-gradient.
 
         The length is ``share * missing / |g|^2``; ``missing`` is what bound and profit differ by.
@@ -133,7 +134,7 @@ class _Relaxation:
         square = self._each_chunk(_square, [(*along, start, mean)] * len(self.chunks))
         if square == 0:
             return False
-        length = np.float32(share * missing / square)
+        length = share * missing / square
         self._each_chunk(_update, [(*along, length, start, self.beta)] * len(self.chunks))
         return True
 
@@ -160,7 +161,6 @@ def solve_primal_dual(
     ):
         relaxation = _Relaxation(problem, price, pool, threads)
         centre = np.zeros_like(relaxation.beta) if averaged else relaxation.beta
-        share = 1.0
         for iteration in range(1, options.max_iter + 1):
             profit, bound = relaxation.prune()
             if profit > best_profit:
@@ -173,9 +173,7 @@ def solve_primal_dual(
                 bound = relaxation.fill()
                 if bound < best_bound:
                     centre, relaxation.beta = relaxation.beta, centre
-                    share = min(2.0, LONGER * share)
-                else:
-                    share *= SHORTER
+                share = SHORTER**iteration
             else:
                 share = (1 + options.step_m) / (iteration + options.step_m)
             best_bound = min(best_bound, bound)
@@ -241,7 +239,7 @@ def _update(
     for h in range(start, stop):
         for e in range(ptr[h], ptr[h + 1]):
             moved = beta[e] + step * (of_node[h] - of_key[key[e]])
-            out[e] = max(np.float32(0.0), moved)
+            out[e] = max(0.0, moved)
     return stop - start
 
 
@@ -284,7 +282,7 @@ def _fill(
                 value[parent[h]] += left
             else:
                 total += left
-    # float32 offers may exceed a price by a rounding; the bound counts that.
+    # Offers may exceed a price by a rounding; the bound counts that.
     for k in range(len(charge)):
         total += max(0.0, -spare[k])
     return total

@@ -10,6 +10,7 @@ experiments: Registry[Run] = Registry(
     "experiment",
     {
         "growth": "secateur.lottery.experiments.growth:run",
+        "pools": "secateur.lottery.experiments.pools:run",
         "success": "secateur.lottery.experiments.success:run",
         "sizes": "secateur.lottery.experiments.sizes:run",
         "popup": "secateur.lottery.experiments.popup:run",

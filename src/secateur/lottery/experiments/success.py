@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from secateur.lottery.experiments.base import Experiment, Table, wilson
-from secateur.lottery.log_ticket import LogTicket
+from secateur.lottery.experiments.sized import SizedLog
 from secateur.lottery.reading import from_module
 from secateur.lottery.targets import he_mlp
 from secateur.progress import Progress
@@ -25,12 +25,12 @@ def run(quick: bool, seed: int, progress: Progress) -> Experiment:
     rows: list[dict[str, Any]] = []
     with progress.stage("success", total=len(DELTAS) * runs, unit="tickets") as advance:
         for delta in DELTAS:
-            finder = _Counting(
-                weight_eps=1e-3, delta=delta, growth=0, refine=1, on_failure="accept"
-            )
             for fraction in FRACTIONS:
                 failures = 0
-                object.__setattr__(finder, "fraction", fraction)
+                finder = SizedLog(
+                    weight_eps=1e-3, delta=delta, growth=0, refine=1, on_failure="accept",
+                    share=fraction,
+                )  # fmt: skip
                 for number in range(runs):
                     ticket = finder.fit(target, (0, 1), seed=seed + number)
                     failures += any(r["empty_slots"] for r in ticket.history["layers"])
@@ -65,18 +65,6 @@ def run(quick: bool, seed: int, progress: Progress) -> Experiment:
         {"success": _chart(rows)},
         {"target": "he:6-5-3", "weight_eps": 1e-3, "seed": seed, "rows": rows},
     )
-
-
-class _Counting(LogTicket):
-    """Pools of a fraction of the size the union bound gives."""
-
-    fraction = 1.0
-
-    def plan(self, task: Any, tasks: Any, plans: Any) -> Any:
-        from dataclasses import replace
-
-        plan = super().plan(task, tasks, plans)
-        return replace(plan, size=max(1, round(plan.size * self.fraction)))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -1,0 +1,172 @@
+"""One frozen model, several N:M masks: a file of pattern numbers for each, put on at load.
+
+``NAME.mask`` is a safetensors file with, per matrix, its groups' pattern numbers packed to 0.65
+bits a weight for 2:4 (``masks.nm``). Its header names the pattern, the shapes, and a hash of the
+dense weights each mask was made for: a mask for another revision of a model would fit its shapes
+and silently ruin it.
+
+>>> from secateur.models.tiny import tiny_model
+>>> from secateur.masks.selection import select  # doctest: +SKIP
+>>> apply_mask(tiny_model("llama"), "code.mask")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError, UsageError
+from secateur.masks.nm import decode, encode, pack_indices, packed_bytes, unpack_indices
+from secateur.masks.target import Target
+from secateur.models.anatomy import Matrix, ModelView
+from secateur.tensorfile import TensorSpec, TensorWriter, opened
+
+_FORMAT = "secateur.nm-mask.1"
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def weight_hash(matrix: Matrix) -> str:
+    """A hash of a matrix's values, the same in bfloat16 and in float32 that came from it."""
+    data = matrix.tensor().detach().float().cpu().contiguous().numpy()
+    return hashlib.blake2b(data.data, digest_size=8).hexdigest()
+
+
+def save_mask(
+    path: Path | str,
+    view: ModelView,
+    masks: Mapping[str, Tensor],
+    target: Target,
+    metadata: Mapping[str, Any] | None = None,
+) -> int:
+    """Write the masks of a model whose weights are still dense; returns the file's bytes.
+
+    Args:
+        masks: matrix name -> (d_out, d_in) bool, True = pruned, N of every M kept.
+        target: the pattern.
+        metadata: JSON-able words about the masks.
+
+    Raises:
+        UsageError: the target is no pattern, or a mask of no matrix.
+        SecateurError: a mask that does not keep exactly N of every M.
+    """
+    if target.keep is None or target.group is None:
+        raise UsageError(
+            "only an N:M mask has a mask file", field="sparsity", value=str(target), fix="e.g. 2:4"
+        )
+    keep, group = target.keep, target.group
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    packed = {
+        name: TensorSpec(torch.uint8, (packed_bytes(mask.numel() // group, keep, group),))
+        for name, mask in masks.items()
+    }
+    header = {
+        "format": _FORMAT,
+        "pattern": str(target),
+        "shapes": json.dumps(shapes, sort_keys=True),
+        "weights": json.dumps({name: weight_hash(view[name]) for name in masks}, sort_keys=True),
+        "metadata": json.dumps(dict(metadata or {}), sort_keys=True),
+    }
+    with TensorWriter(path, packed, header) as writer:
+        for name, mask in masks.items():
+            writer.write(name, pack_indices(encode(mask, keep, group), keep, group))
+    return Path(path).stat().st_size
+
+
+class MaskFile(Mapping[str, Tensor]):
+    """The masks of a file, unpacked when they are asked for: name -> bool, True = pruned."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        with opened(self.path) as handle:
+            header = handle.metadata() or {}
+            if header.get("format") != _FORMAT:
+                raise UsageError(
+                    "not a file of N:M masks",
+                    field="mask",
+                    value=str(self.path),
+                    fix="a file written by 'secateur prune --method maskllm' or 'export --format mask'",
+                )
+            try:
+                self.target = Target.parse(header["pattern"])
+                self.shapes: dict[str, tuple[int, ...]] = {
+                    name: tuple(shape) for name, shape in json.loads(header["shapes"]).items()
+                }
+                self.weights: dict[str, str] = json.loads(header["weights"])
+                self.metadata: dict[str, Any] = json.loads(header["metadata"])
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise SecateurError(f"'{self.path}' has a damaged header ({error})") from None
+            if self.target.keep is None or set(self.shapes) != set(handle.keys()):
+                raise SecateurError(f"'{self.path}' lists other matrices than it holds")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        assert self.target.keep is not None
+        assert self.target.group is not None
+        keep, group = self.target.keep, self.target.group
+        rows, columns = self.shapes[name]
+        with opened(self.path) as handle:
+            packed = handle.get_tensor(name)
+        try:
+            index = unpack_indices(packed, rows * columns // group, keep, group)
+            return decode(index.view(rows, -1), keep, group)
+        except (SecateurError, RuntimeError) as error:
+            raise SecateurError(f"'{self.path}', matrix '{name}': {error}") from None
+
+
+@torch.no_grad()
+def apply_mask(model: M, mask: Path | str | MaskFile, *, check: bool = True) -> M:
+    """Zero in place what a mask file says is gone; nothing changes if anything does not fit.
+
+    To switch to another mask, load the dense model again: what was zeroed is gone.
+
+    Args:
+        model: the dense model the mask was made for (a transformers model, or any with the
+            same matrices).
+        mask: a file of ``save_mask``.
+        check: compare the hash of each dense weight; False for weights that were rounded
+            to another type since.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UsageError: a matrix is missing, of another shape, or holds other weights.
+    """
+    file = mask if isinstance(mask, MaskFile) else MaskFile(mask)
+    matrices = {m.name: m for m in ModelView.of(model).matrices()}
+    for name, shape in file.shapes.items():
+        matrix = matrices.get(name)
+        if matrix is None or matrix.shape != shape:
+            found = "is not in this model" if matrix is None else f"is {matrix.shape} here"
+            raise UsageError(
+                f"the mask's matrix '{name}' {found}",
+                field="mask",
+                value=str(file.path),
+                fix="use the model the mask was made for",
+            )
+        if check and weight_hash(matrix) != file.weights.get(name):
+            raise UsageError(
+                f"'{name}' holds other weights than the mask was made for",
+                field="mask",
+                value=str(file.path),
+                fix="load the dense model anew (a masked one cannot take a second mask), in the "
+                "revision and type it was learned on; or check=False",
+            )
+    for name in file:
+        matrix = matrices[name]
+        matrix.tensor().masked_fill_(file[name].to(matrix.stored.device), 0)
+    return model

@@ -1,0 +1,420 @@
+"""MaskLLM: the N:M mask is learned end to end, the weights stay as they are.
+
+Each group of M weights of a row has logits pi over its masks; every forward multiplies the frozen
+weights by a mixture drawn by Gumbel-softmax, and only pi is trained::
+
+    W^ = W * M~,   M~ = softmax((kappa_t pi + g) / tau_t) S
+    L  = L_LM - lambda (1 - t/T) sum ||W^||^2
+
+with kappa rising from 100 to 500 and tau falling from 4 to 0.05, linearly in t/T. It starts from a
+one-shot mask M0: ``pi = N(0, 0.01^2) + alpha std(pi) (M0 S^T - N^2/M)`` with alpha = 3, which makes
+it the most likely mask of 94.5 % of the groups. At the end the most likely mask is taken.
+
+Source: Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models",
+NeurIPS 2024 (arXiv 2409.17481), section 3. Groups too wide to enumerate use one logit a weight
+(``kernels.soft_top``), which is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import comb
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur.errors import UsageError
+from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
+from secateur.kernels.soft_top import SoftTop
+from secateur.models.anatomy import Matrix, ModelView
+from secateur.models.discovery import is_linear
+from secateur.training.loop import Batch, Hook, Loss, Training, next_token_loss
+
+Logits = Literal["auto", "patterns", "weights"]
+ENUMERATED = 70
+"""Most patterns a group may have to get a logit each (4:8 has 70; 8:16 has 12,870)."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How masks are learned; the defaults are the published ones.
+
+    Attributes:
+        alpha: how much the prior counts.
+        init_std: spread of the first logits.
+        kappa: scale of the logits, at the start and at the end.
+        tau: temperature, at the start and at the end.
+        weight_reg: lambda, how much large surviving weights are rewarded.
+        logits: one per ``patterns`` or one per ``weights``; auto: patterns up to 70 of them.
+        seed: of the first logits and of the noise.
+    """
+
+    alpha: float = 3.0
+    init_std: float = 0.01
+    kappa: tuple[float, float] = (100.0, 500.0)
+    tau: tuple[float, float] = (4.0, 0.05)
+    weight_reg: float = 1e-5
+    logits: Logits = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "weight_reg"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError("must not be negative", field=name, value=getattr(self, name))
+        if not self.init_std > 0:
+            raise UsageError(
+                "equal logits have no spread for the prior to be scaled by",
+                field="init_std",
+                value=self.init_std,
+                fix="0.01 is the published one",
+            )
+        for name in ("kappa", "tau"):
+            if any(not 0 < end < float("inf") for end in getattr(self, name)):
+                raise UsageError("must be positive", field=name, value=getattr(self, name))
+        if self.logits not in ("auto", "patterns", "weights"):
+            raise UsageError(
+                "unknown", field="logits", value=self.logits, fix="auto, patterns or weights"
+            )
+
+    def draw(self, done: float, key: tuple[int, int] | None) -> Draw:
+        """The draw when the share ``done`` of the steps is over."""
+        (k0, k1), (t0, t1) = self.kappa, self.tau
+        return Draw(key, k0 + (k1 - k0) * done, t0 + (t1 - t0) * done)
+
+    def mixture(self, keep: int, group: int) -> CandidateMix | SoftTop:
+        """How the masks of a group are parametrised.
+
+        Raises:
+            UsageError: a logit per pattern was asked for and there are too many patterns.
+        """
+        patterns = comb(group, keep)
+        if self.logits == "weights" or (self.logits == "auto" and patterns > ENUMERATED):
+            return SoftTop(keep, group)
+        if patterns > ENUMERATED:
+            raise UsageError(
+                f"{keep}:{group} has {patterns} patterns, too many for a logit each",
+                field="logits",
+                value=self.logits,
+                fix="logits: weights",
+            )
+        return CandidateMix(keep, group)
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """(x (..., d_in), W (d_out, d_in), logits) -> (W^ x + b, ||W^||^2); keeps neither W^ nor M~."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        logits: Tensor,
+        bias: Tensor | None,
+        mix: Any,
+        draw: Draw,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, logits)
+        ctx.how = (mix, draw)
+        masked = mix.masked(_groups(weight, mix), logits.detach(), draw).view(weight.shape)
+        square = masked.square().sum()
+        return F.linear(x, masked.to(x.dtype), None if bias is None else bias.to(x.dtype)), square
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad, square = grads
+        x, weight, logits = ctx.saved_tensors
+        mix, draw = ctx.how
+        flat = grad.reshape(-1, grad.shape[-1])
+        d_weight = (flat.T @ x.reshape(-1, x.shape[-1])).float()
+        d_logits, masked = mix.backward(
+            _groups(weight, mix),
+            logits.detach(),
+            d_weight.reshape(-1, mix.group),
+            float(square),
+            draw,
+        )
+        d_x = grad @ masked.view(weight.shape).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return d_x, None, d_logits.to(logits.dtype), None, None, None
+
+
+def _groups(weight: Tensor, mix: CandidateMix | SoftTop) -> Tensor:
+    return weight.detach().float().reshape(-1, mix.group)
+
+
+class Gated(nn.Module):
+    """A frozen linear under a mask that is being learned.
+
+    Without a ``draw`` it computes with the most likely mask, as it will be exported.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, mix: CandidateMix | SoftTop, logits: Tensor, transposed: bool
+    ) -> None:
+        super().__init__()
+        self.base_layer, self.mix, self.transposed = base_layer, mix, transposed
+        self.mask_logits = nn.Parameter(logits)
+        self.draw: Draw | None = None
+        self.open = False
+        """True: compute with the dense weight, for a teacher that costs no second model."""
+        self.square: Tensor | None = None
+        """Sum of squares of the masked weight of the last forward, for the regularisation."""
+
+    def dense(self) -> Tensor:
+        """The frozen weight, (d_out, d_in)."""
+        stored: Tensor = self.base_layer.weight.detach()  # type: ignore[operator]
+        return stored.T if self.transposed else stored
+
+    @torch.no_grad()
+    def mask(self) -> Tensor:
+        """The most likely mask, (d_out, d_in) bool, True = pruned."""
+        return self.mix.choose(self.mask_logits).view(self.dense().shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output under the drawn, or else the most likely, mask."""
+        if self.open:
+            return self.base_layer(x)
+        bias: Any = getattr(self.base_layer, "bias", None)
+        if self.draw is None:
+            weight = self.dense().masked_fill(self.mask(), 0).to(x.dtype)
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        how = (self.mix, self.draw)
+        y, self.square = _MaskedLinear.apply(x, self.dense(), self.mask_logits, bias, *how)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        # Models look at a linear's weight (its type, its device) or sizes without calling it.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+@dataclass
+class LearnedMasks(Hook):
+    """The masks of a model while they are learned: a hook of the training loop.
+
+    Every weight of the model is frozen; what is trained are the logits. Use as a context manager
+    to be sure that the model is left as it was.
+    """
+
+    model: nn.Module
+    options: Learning
+    modules: dict[str, Gated] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """The mask each matrix started from: its prior, or else the first logits' choice."""
+    moved: list[tuple[int, float, float]] = field(default_factory=list)
+    """(step, share of groups whose mask changed, share of the mixture on the weights it keeps)."""
+    _micro: tuple[int, int] = (-1, 0)
+    _weight: float = 0.0
+    _trained: list[nn.Parameter] = field(default_factory=list)
+
+    @classmethod
+    def attach(
+        cls,
+        view: ModelView,
+        patterns: Mapping[str, tuple[int, int]],
+        options: Learning,
+        prior: Mapping[str, Tensor] | None = None,
+    ) -> LearnedMasks:
+        """Put logits on the matrices of ``view`` and freeze all else.
+
+        Slices of fused experts are no layers of their own and are left out.
+
+        Args:
+            patterns: matrix name -> (N, M).
+            prior: matrix name -> (d_out, d_in) bool, True = pruned; None or missing: no prior.
+
+        Raises:
+            UsageError: M does not divide a matrix's inputs; no matrix can carry a mask.
+        """
+        masks = cls(view.model, options)
+        masks._trained = [p for p in view.model.parameters() if p.requires_grad]
+        view.model.requires_grad_(False)
+        generator = torch.Generator().manual_seed(options.seed)
+        for matrix in view.matrices():
+            if matrix.index is None and is_linear(matrix.module):
+                mix = options.mixture(*patterns[matrix.name])
+                given = None if prior is None else prior.get(matrix.name)
+                masks._put(matrix, mix, first_logits(matrix, mix, options, given, generator))
+        if not masks.modules:
+            raise UsageError(
+                "no matrix can carry a mask: the experts are fused in one parameter",
+                field="method",
+                value="maskllm",
+            )
+        known = prior or {}
+        masks.start = {
+            n: known[n] if n in known else m.mask().cpu() for n, m in masks.modules.items()
+        }
+        return masks
+
+    def _put(self, matrix: Matrix, mix: CandidateMix | SoftTop, logits: Tensor) -> None:
+        gated = Gated(matrix.module, mix, logits.to(matrix.stored.device), matrix.transposed)
+        gated.train(matrix.module.training)
+        parent, _, leaf = matrix.name.rpartition(".")
+        self.model.get_submodule(parent)._modules[leaf] = gated
+        self.modules[matrix.name] = gated
+
+    def detach(self) -> dict[str, Tensor]:
+        """Take the logits off and leave the dense model; returns the most likely masks."""
+        masks = {name: module.mask().cpu() for name, module in self.modules.items()}
+        for name, module in self.modules.items():
+            parent, _, leaf = name.rpartition(".")
+            self.model.get_submodule(parent)._modules[leaf] = module.base_layer
+        self.modules = {}
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        return masks
+
+    def __enter__(self) -> LearnedMasks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def loss(self, inner: Loss = next_token_loss) -> Loss:
+        """``inner`` less the reward of large surviving weights, which fades with training."""
+
+        def regularised(model: nn.Module, batch: Batch) -> Tensor:
+            value = inner(model, batch)
+            if not self._weight:
+                return value
+            squares = [m.square for m in self.modules.values() if m.square is not None]
+            return value - self._weight * torch.stack(squares).sum().to(value.device)
+
+        return regularised
+
+    def before_forward(self, at: Training) -> None:
+        """See ``Hook``: a new draw for every forward, of every process, of every layer."""
+        step, micro = self._micro
+        self._micro = (at.step, micro + 1 if step == at.step else 0)
+        self._weight = self.options.weight_reg * (1 - at.done)
+        rank = at.accelerator.process_index
+        for number, module in enumerate(self.modules.values()):
+            key = key_of(self.options.seed, at.step, self._micro[1], rank, number)
+            module.draw = self.options.draw(at.done, key)
+
+    def after_step(self, at: Training) -> None:
+        """See ``Hook``: how far the masks have moved, about a hundred times."""
+        for module in self.modules.values():
+            module.square = None
+        if at.step % max(1, at.settings.steps // 100) == 0 or at.step == at.settings.steps:
+            self.moved.append((at.step, *self.movement(at.done)))
+
+    def end(self, at: Training) -> None:
+        """See ``Hook``."""
+        self._no_draw()
+
+    def state(self) -> dict[str, Tensor]:
+        """See ``Hook``."""
+        return {"moved": torch.tensor(self.moved, dtype=torch.float64).reshape(-1, 3)}
+
+    def restore(self, state: dict[str, Tensor], at: Training) -> None:
+        """See ``Hook``."""
+        self.moved = [(int(s), a, b) for s, a, b in state["moved"].tolist()]
+
+    def _no_draw(self) -> None:
+        for module in self.modules.values():
+            module.draw = None
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """The model under its most likely masks, for a while (validation)."""
+        draws = [module.draw for module in self.modules.values()]
+        self._no_draw()
+        try:
+            yield
+        finally:
+            for module, draw in zip(self.modules.values(), draws, strict=True):
+                module.draw = draw
+
+    def teacher(self) -> nn.Module:
+        """The dense model as a module, made of the very same weights with the masks lifted."""
+        return _Lifted(self)
+
+    @torch.no_grad()
+    def movement(self, done: float) -> tuple[float, float]:
+        """(share of groups whose mask is not the first one, share of the mixture on kept weights).
+
+        The second is 1 when the mixture is as good as the mask that will be taken from it.
+        """
+        changed = groups = kept_weights = 0
+        settled = 0.0
+        draw = self.options.draw(done, None)
+        for name, module in self.modules.items():
+            mask = module.mask()
+            differs = (mask.cpu() != self.start[name]).view(-1, module.mix.group).any(-1)
+            changed, groups = changed + int(differs.sum()), groups + differs.numel()
+            kept = (~mask).float().view(-1, module.mix.group)
+            kept_weights += differs.numel() * module.mix.keep
+            settled += float(module.mix.masked(kept, module.mask_logits.detach(), draw).sum())
+        return changed / groups, settled / kept_weights
+
+
+class _Lifted(nn.Module):
+    """The model without its masks; holds no parameters of its own."""
+
+    def __init__(self, masks: LearnedMasks) -> None:
+        super().__init__()
+        object.__setattr__(self, "_masks", masks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The dense model's output."""
+        masks: Any = self._masks
+        for module in masks.modules.values():
+            module.open = True
+        try:
+            return masks.model(*args, **kwargs)
+        finally:
+            for module in masks.modules.values():
+                module.open = False
+
+
+def first_logits(
+    matrix: Matrix,
+    mix: CandidateMix | SoftTop,
+    options: Learning,
+    prior: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """Logits (G, K) of one matrix: a little noise, and the prior in units of its spread.
+
+    Raises:
+        UsageError: M does not divide the inputs; the prior is of another shape.
+    """
+    rows, columns = matrix.shape
+    if columns % mix.group:
+        raise UsageError(
+            f"'{matrix.name}' has {columns} inputs, which {mix.group} does not divide",
+            field="sparsity",
+            value=f"{mix.keep}:{mix.group}",
+            fix=f"--exclude '{matrix.name}', or another pattern",
+        )
+    if prior is not None and tuple(prior.shape) != matrix.shape:
+        raise UsageError(
+            f"the prior of '{matrix.name}' is {tuple(prior.shape)}, not {matrix.shape}",
+            field="prior",
+            value=tuple(prior.shape),
+            fix="a mask of this model",
+        )
+    shape = (rows * columns // mix.group, mix.logits_per_group)
+    logits = torch.randn(shape, generator=generator) * options.init_std
+    if prior is not None:
+        logits += options.alpha * logits.std() * mix.prior(prior.view(-1, mix.group))
+    return logits
+
+
+def bytes_per_weight(keep: int, group: int, options: Learning, optimizer: str = "adamw") -> float:
+    """Bytes that learning takes for each masked weight, beyond the frozen model's.
+
+    Logits, their gradient, and the optimizer's two moments (one for ``sgd``), in float32;
+    noise and mixtures are made again instead of kept.
+    """
+    per_group = options.mixture(keep, group).logits_per_group
+    return per_group / group * 4 * (4 if optimizer == "adamw" else 3)

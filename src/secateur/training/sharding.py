@@ -1,0 +1,68 @@
+"""Weights, gradients and optimizer state shared out over processes: PyTorch's fully_shard (FSDP2).
+
+What is sharded is a twin of the model: its modules are copies, its parameters are slices of
+the model's own. The model itself is not touched while the twin is trained (on a GPU its
+weights wait in main memory) and takes over what was trained in the end, so nothing of FSDP
+stays behind in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
+    """The sharded twin of ``model``; every process must call it.
+
+    Args:
+        blocks: names of the modules that are gathered one at a time.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    # Parameters are shared with the twin at first, and only its own are replaced by slices.
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for name in blocks:
+        fully_shard(twin.get_submodule(name), mesh=mesh)
+    fully_shard(twin, mesh=mesh)
+    if device.type != "cpu":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.cpu()
+    return twin
+
+
+@torch.no_grad()
+def take_over(model: nn.Module, twin: nn.Module, device: torch.device) -> None:
+    """Give ``model`` the twin's trained parameters, and its place on ``device`` back."""
+    trained = {n: p for n, p in twin.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(device)
+        if name in trained:
+            parameter.copy_(whole(trained[name]))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor's full value on every process; every process must call it."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach()
+    return tensor.detach()
+
+
+def alike(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` where and as ``like`` is: on its device, this process's slice if it is sharded."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value.to(like.device)
+
+
+def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``whole`` of each."""
+    return {name: whole(tensor) for name, tensor in tensors.items()}

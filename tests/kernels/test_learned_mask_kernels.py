@@ -1,0 +1,123 @@
+"""The mixed masks: rows sum to N, gradients are right, the fused form says what torch says."""
+
+import pytest
+import torch
+
+from secateur.kernels import candidate_mix
+from secateur.kernels.candidate_mix import CandidateMix, Draw, gumbel, key_of, probabilities
+from secateur.kernels.soft_top import SoftTop, relaxed_top
+
+PATTERNS = [(2, 4), (1, 4), (4, 8), (1, 2)]
+DRAWS = [Draw(key_of(1, 2), 100.0, 4.0), Draw(key_of(9), 500.0, 0.05), Draw(None, 100.0, 1.0)]
+
+
+@pytest.fixture
+def torch_only(monkeypatch):
+    monkeypatch.setattr(candidate_mix, "_compiled", lambda: None)
+
+
+def case(mix, groups=700, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(groups, mix.logits_per_group, generator=generator) * 0.01
+    weight = torch.randn(groups, mix.group, generator=generator)
+    return weight, logits, torch.randn(groups, mix.group, generator=generator)
+
+
+@pytest.mark.parametrize("kind", [CandidateMix, SoftTop])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_rows_sum_to_n(kind, pattern, draw):
+    mix = kind(*pattern)
+    _, logits, _ = case(mix)
+    mask = mix.masked(torch.ones(len(logits), mix.group), logits, draw)
+    assert torch.allclose(mask.sum(-1), torch.full((len(logits),), float(mix.keep)), atol=1e-4)
+    assert float(mask.min()) >= 0
+    assert float(mask.max()) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_fused_and_plain_forms_agree(pattern, draw, monkeypatch):
+    pytest.importorskip("numba")
+    mix = CandidateMix(*pattern)
+    weight, logits, grad = case(mix, 1500)
+    fused = mix.masked(weight, logits, draw), *mix.backward(weight, logits, grad, -0.3, draw)
+    monkeypatch.setattr(candidate_mix, "_compiled", lambda: None)
+    plain = mix.masked(weight, logits, draw), *mix.backward(weight, logits, grad, -0.3, draw)
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert float((ours - theirs).abs().max()) <= 3e-5 * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_gradient_of_the_candidates_is_autograds(pattern, draw, torch_only):
+    mix = CandidateMix(*pattern)
+    weight, logits, grad = case(mix, 50)
+    leaf = logits.clone().requires_grad_()
+    masked = weight * (probabilities(leaf, draw) @ mix.patterns.float())
+    ((masked * grad).sum() - 0.3 * masked.square().sum()).backward()
+    ours, again = mix.backward(weight, logits, grad, -0.3, draw)
+    assert torch.allclose(ours, leaf.grad, rtol=1e-4, atol=1e-5 * float(leaf.grad.abs().max()))
+    assert torch.allclose(again, masked.detach(), atol=1e-5)
+
+
+def test_gradient_of_the_relaxed_top_is_a_finite_difference():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    u, w = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
+    tau, keep, step = 0.7, 2, 1e-5
+
+    def value(x):
+        return float((relaxed_top(x / tau, keep) * w * u).sum())
+
+    numeric = torch.zeros_like(logits)
+    for at in range(logits.numel()):
+        nudge = torch.zeros(logits.numel(), dtype=torch.float64)
+        nudge[at] = step
+        nudge = nudge.view_as(logits)
+        numeric.view(-1)[at] = (value(logits + nudge) - value(logits - nudge)) / (2 * step)
+    ours, _ = SoftTop(keep, 6).backward(
+        w.float(), logits.float(), u.float(), 0.0, Draw(None, 1.0, tau)
+    )
+    assert torch.allclose(ours.double(), numeric, atol=1e-5)
+
+
+def test_noise_is_gumbel_and_a_function_of_its_key():
+    key = key_of(4, 7)
+    noise = gumbel(0, (400_000,), key)
+    assert abs(float(noise.mean()) - 0.57722) < 0.01
+    assert abs(float(noise.var()) - torch.pi**2 / 6) < 0.02
+    assert torch.equal(noise[1000:2000], gumbel(1000, (1000,), key))
+    other = gumbel(0, (400_000,), key_of(4, 8))
+    both = torch.stack([noise, other])
+    assert abs(float(torch.corrcoef(both)[0, 1])) < 0.01
+    assert abs(float(torch.corrcoef(torch.stack([noise[1:], noise[:-1]]))[0, 1])) < 0.01
+
+
+def test_draws_have_the_softmax_frequencies():
+    # As tau goes to 0 the mixture is one pattern, drawn with probability softmax(kappa pi).
+    mix = CandidateMix(2, 4)
+    row = torch.tensor([0.02, -0.01, 0.0, 0.03, -0.02, 0.01])
+    logits = row.repeat(60_000, 1)
+    y = probabilities(logits, Draw(key_of(11), 50.0, 1e-3))
+    seen = torch.bincount(y.argmax(-1), minlength=6) / len(y)
+    assert torch.allclose(seen, torch.softmax(50 * row, -1), atol=0.008)
+    assert float(y.amax(-1).mean()) > 0.99
+    assert len(mix.patterns) == 6
+
+
+@pytest.mark.parametrize("kind", [CandidateMix, SoftTop])
+def test_choice_ignores_what_a_group_has_in_common(kind):
+    mix = kind(2, 4)
+    _, logits, shift = case(mix)
+    assert torch.equal(mix.choose(logits), mix.choose(logits + shift[:, :1].round()))
+    assert bool((mix.choose(logits).sum(-1) == 2).all())
+
+
+@pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (2, 8), (4, 8)])
+def test_prior_is_centred_and_prefers_its_mask(pattern):
+    mix = CandidateMix(*pattern)
+    mask = ~mix.patterns
+    agreement = mix.prior(mask)
+    assert torch.equal(agreement.argmax(-1), torch.arange(len(mask)))
+    assert abs(float(agreement.mean())) < 1e-5
