@@ -9,8 +9,9 @@
 3. Plans a second with two worker processes against one, wall time, both pools warm, in turns.
    It depends on the cores that are free: the load of the machine is recorded beside it.
 4. A search at 70 % on stories260k, three seeds: calibrated and searched on stories the model
-   wrote itself, measured on others and on its published samples, beside uniform, OWL and the
-   published function.
+   wrote itself, measured on others and on its published samples, beside uniform, OWL, ATP and the
+   published function. Also with ``propagate: dense``, where a run's masks are those searched on
+   (otherwise each block's scores are gathered anew behind the blocks pruned before it).
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import secateur
 from benchmarks.common import RESULTS, alternate, arguments, finish, ratio, spread, verdict
 from benchmarks.stories import sampled_windows, stories_folder
 from secateur.allocation import allocators
@@ -36,6 +36,7 @@ from secateur.models.loading import load
 from secateur.recipe import Recipe
 from secateur.run.plan_search import search_plan
 from secateur.run.planning import problem_of
+from secateur.run.runner import execute
 from secateur.run.session import Session, prepare
 from secateur.run.trial_of import search_windows, sorted_scores
 from secateur.run.trials import Trials
@@ -231,22 +232,19 @@ def real_search(stories: str, budget: int, seeds: int) -> dict[str, Any]:
             row: dict[str, Any] = {"seed": seed, "search": searched, "perplexity": {}}
             for label, allocation in allocations.items():
                 row["perplexity"][label] = {}
-                for where, text in (
-                    ("held-out stories", folder / "held.txt"),
-                    ("published", published),
+                for where, text, propagate in (
+                    ("held-out stories", folder / "held.txt", "pruned"),
+                    ("published samples", published, "pruned"),
+                    ("held-out, the masks searched on", folder / "held.txt", "dense"),
                 ):
-                    evaluation = {**recipe["evaluation"], "text": str(text), "speed": False}
-                    result = secateur.prune(
-                        stories,
-                        **{**recipe, "model": None, "calibration": recipe["calibration"]["text"]}
-                        | {"samples": 32, "length": 128, "seed": seed, "evaluation": evaluation,
-                           "allocation": allocation},
-                    )  # fmt: skip
-                    value = result.report["quality"]["pruned"]["perplexity"]
-                    row["perplexity"][label][where] = round(value, 3)
-                    row["dense"] = row.get("dense", {}) | {
-                        where: round(result.report["quality"]["dense"]["perplexity"], 3)
+                    changes = {
+                        "allocation": allocation,
+                        "propagate": propagate,
+                        "evaluation": {**recipe["evaluation"], "text": str(text), "speed": False},
                     }
+                    quality = execute(Recipe.build({**recipe, **changes})).report["quality"]
+                    row["perplexity"][label][where] = round(quality["pruned"]["perplexity"], 2)
+                    row.setdefault("dense", {})[where] = round(quality["dense"]["perplexity"], 3)
                 print(f"  seed {seed}  {label:18} {row['perplexity'][label]}", flush=True)
             rows.append(row)
     return {"sparsity": 0.7, "method": "wanda", "budget": budget, "seeds": rows}

@@ -89,6 +89,26 @@ def test_what_was_found_can_be_used(searched, tmp_path):
     assert "How the plan was found" not in (tmp_path / "b" / "report.html").read_text()
 
 
+def test_measuring_on_the_searched_text_is_said(searched, tmp_path):
+    out, _ = searched
+    words = [
+        "prune",
+        "tiny",
+        "--samples",
+        "4",
+        "--length",
+        "32",
+        "--eval-windows",
+        "2",
+        "--no-speed",
+    ]
+    words += ["--eval-length", "32", "--allocation", str(out / "plan.json")]
+    for text, said in (("pydoc:train", True), ("pydoc:test", False)):
+        assert main([*words, "--eval-text", text, "-o", str(tmp_path / text)]) == 0
+        notes = read(tmp_path / text / "report.json")["notes"]
+        assert any("searched on the very text" in note for note in notes) == said
+
+
 def test_finished_again_costs_nothing_and_a_larger_budget_goes_on(searched, monkeypatch):
     out, record = searched
     calls = []

@@ -283,6 +283,8 @@ def test_multi_query_has_no_groups() -> None:
 
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     run(out=tmp_path / "a", structure={"ranking": "global"}, sparsity=0.4)
+    with pytest.raises(UsageError, match="built from its manifest"):
+        secateur.load_pruned(tmp_path / "a", device_map="auto")
     path = tmp_path / "a" / "pruning_manifest.json"
     good = json.loads(path.read_text())
 

@@ -51,6 +51,13 @@ def load_pruned(
     manifest = read_manifest(path)
     if manifest is not None and not manifest["stock"]:
         kind_ = None if dtype == "auto" else dtype
+        for name in sorted(set(kwargs) - {"attn_implementation", "trust_remote_code"}):
+            raise UsageError(
+                "is for stock checkpoints; this one is built from its manifest",
+                field=name,
+                value=kwargs[name],
+                fix="leave it out, and move the model with .to(device)",
+            )
         return load_structured(
             path,
             manifest,

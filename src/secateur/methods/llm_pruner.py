@@ -217,12 +217,12 @@ class LLMPruner(StructuredMethod):
         return reduced(list(members.values()), self.reduction)
 
     def _channels(self, weight: Tensor, dim: int, sums: GradientMoments | None) -> Tensor:
-        samples = 1 if sums is None else max(1, sums.samples)
-        gradient = fisher = None
-        if sums is not None:
-            gradient = sums.sums["signed"] / samples if "signed" in sums.sums else None
-            fisher = sums.sums["l2"] / samples if "l2" in sums.sums else None
-        return channel_importance(weight.detach(), dim, self.criterion, gradient, fisher)
+        found = {} if sums is None else sums.sums
+        channels = channel_importance(
+            weight.detach(), dim, self.criterion, found.get("signed"), found.get("l2")
+        )
+        # Every criterion is linear in the sums, so their mean is taken of the channels.
+        return channels if sums is None else channels / max(1, sums.samples)
 
 
 def importances(

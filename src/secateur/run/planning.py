@@ -92,6 +92,13 @@ def _saved(session: Session) -> Plan:
             value=str(recipe.target),
             fix=f"--sparsity {plan.target}, or leave it to the plan",
         )
+    searched = plan.provenance.get("made_by", {}).get("search", {}).get("windows", {})
+    measured = {} if session.evaluation is None else session.evaluation.record
+    if searched.get("text") and searched["text"] == measured.get("text"):
+        session.notes.append(
+            "the plan was searched on the very text that quality is measured on: "
+            "that quality is flattering (evaluate on another text)"
+        )
     return plan
 
 
