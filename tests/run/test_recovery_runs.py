@@ -217,6 +217,12 @@ def test_a_model_without_masks_is_refused(tiny_folder, tmp_path, capsys):
     assert main(["recover", source, "--no-mask", "--out", str(tmp_path / "y"), *settings]) == 0
 
 
+def test_rounds_of_pruning_are_no_recovery_of_a_finished_cut(folder, tmp_path, capsys):
+    assert main(["recover", str(folder), "--with", "imp", "--out", str(tmp_path / "x")]) == 2
+    assert "secateur prune" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_masks_of_another_model_are_refused(folder, tiny_folder, tmp_path, capsys):
     words = ["recover", str(tiny_folder("llama")), "--masks", str(folder / "masks.safetensors")]
     assert main([*words, "--out", str(tmp_path / "x")]) == 2

@@ -80,6 +80,13 @@ def recover_model(
     Raises:
         UsageError: no mask, or one that does not fit; see ``Recoverer.of``.
     """
+    if spec.rounds > 1:
+        raise UsageError(
+            "rounds of pruning and retraining begin with the dense model",
+            field="recovery.method" if spec.cycles is None else "recovery.cycles",
+            value=spec.method if spec.cycles is None else spec.cycles,
+            fix=f"secateur prune MODEL --recover {spec.method}; or --with full for retraining alone",
+        )
     if out is not None:
         writable(out)
     if spec.rounds > 1:
