@@ -33,6 +33,7 @@ from secateur.progress import SILENT, Progress
 from secateur.recipe import Evaluation, Recovery
 from secateur.run.folder import RunFolder, writable
 from secateur.run.ranks import Ranks
+from secateur.run.recovered import drop_checkpoints
 from secateur.run.recovery import Recoverer, dense_again, dense_copy, restructure
 from secateur.run.results import publish
 from secateur.run.runner import Result, peak_memory
@@ -88,15 +89,29 @@ def recover_model(
         )
     if out is not None:
         writable(out)
+    if spec.rounds > 1:
+        raise UsageError(
+            "cycles prune between their trainings, and this model is cut already",
+            field="recovery.cycles",
+            value=spec.rounds,
+            fix="secateur prune MODEL --recover imp; or here --with full, without cycles",
+        )
     ranks = Ranks.from_environment(device)
     loaded, view, run = _opened(source, device, dtype, trust_remote_code, progress)
     kept = _masks(view, run, masks, mask_from_zeros, no_mask)
     before = check_masks(view, kept)
-    recoverer = Recoverer.of(spec, loaded, view, text=text, progress=progress)
+    recoverer = Recoverer.of(spec, loaded, view, masked=before > 0, text=text, progress=progress)
+    named = dense is not None
     if dense is None and run is not None:
         dense = str(run.get("recipe", {}).get("model", "")) or None
     recoverer.teacher = _teacher(dense, loaded, trust_remote_code)
+    if recoverer.needs_teacher:
+        recoverer.known_teacher()
     windows = _windows(evaluation, loaded)
+    reference = None
+    if ranks.leads and (windows is not None or recoverer.needs_teacher):
+        # Opened before anything is written, and once.
+        reference = _reference(recoverer, progress, needed=named or recoverer.needs_teacher)
     start = time.perf_counter()
     with ExitStack() as stack:
         folder = None
@@ -114,7 +129,6 @@ def recover_model(
             ranks.barrier()
             folder = folder or RunFolder(out, {}, rank=ranks.rank)
         stack.enter_context(evaluating(loaded.model))
-        reference = _reference(recoverer, windows, progress) if ranks.leads else None
         quality = _quality(view, windows, reference, progress) if ranks.leads else None
         record = _recovered(recoverer, view, kept, folder, ranks)
         record["before"] = quality
@@ -134,6 +148,7 @@ def recover_model(
             report["size"] = _sizes(loaded, folder.path)
             publish(report, folder)
             folder.event("finished", share=record["share"])
+            drop_checkpoints(folder.inner / "recovery")
         ranks.barrier()
     return Result(loaded.model, loaded.tokenizer, kept, report, out)
 
@@ -268,13 +283,15 @@ def _windows(evaluation: Evaluation | None, loaded: Loaded) -> Windows | None:
     )
 
 
-def _reference(recoverer: Recoverer, windows: Windows | None, progress: Progress) -> Any:
-    """The dense model to compare with; None when it is not known or cannot be opened."""
-    if windows is None or recoverer.teacher is None:
+def _reference(recoverer: Recoverer, progress: Progress, *, needed: bool) -> Any:
+    """The dense model to compare with; None when it is not known or, unless ``needed``, not there."""
+    if recoverer.teacher is None:
         return None
     try:
         model = recoverer.teacher()
     except SecateurError as error:
+        if needed:
+            raise
         progress.note(f"no comparison with the dense model: {error.message}")
         return None
     recoverer.teacher = lambda: model  # it need not be loaded twice

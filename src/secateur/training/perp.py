@@ -11,7 +11,9 @@ retraining under a fixed mask, the baseline.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,21 @@ def parts(train: Sequence[str]) -> tuple[list[str], str | None]:
     return [name for name in train if name in SUBSETS], kinds[0] if kinds else None
 
 
+def refuse_filling(kind: str | None, masked: bool) -> None:
+    """A plain LoRA cannot be merged where a mask has to stay.
+
+    Raises:
+        UsageError: it was asked for all the same.
+    """
+    if kind == "lora" and masked:
+        raise UsageError(
+            "would fill the zeros when it is merged",
+            field="train",
+            value="lora",
+            fix="mask-lora, scale-lora or lora-prune",
+        )
+
+
 def perp(
     view: ModelView,
     masks: Mapping[str, Tensor],
@@ -100,13 +117,7 @@ def perp(
     """
     subsets, kind = parts(train)
     before = check_masks(view, masks)
-    if kind == "lora" and before:
-        raise UsageError(
-            "would fill the zeros when it is merged",
-            field="train",
-            value="lora",
-            fix="mask-lora, scale-lora or lora-prune",
-        )
+    refuse_filling(kind, before > 0)
     view.model.requires_grad_(False)
     chosen = choose(view, subsets)
     adapters = None
@@ -164,30 +175,54 @@ def _fit(
         parameter.data = parameter.data.float()
     share = sum(p.numel() for p in trainable(model).values()) / max(1, chosen.total)
     progress.note(f"training {share:.3%} of the parameters")
-    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers checkpoints layers in training mode only; the rest keeps dropout off.
-        for module in layers:
-            module.training = True
     try:
-        return fit(
-            model,
-            data,
-            settings,
-            loss=loss,
-            hooks=[KeepZeros(view, masks), *hooks],
-            validate=validate,
-            folder=folder,
-            identity=identity,
-            blocks=[block.name for block in view.blocks],
-            progress=progress,
-            label="recovering",
-        )
+        with recomputing(model) if checkpointing else nullcontext():
+            return fit(
+                model,
+                data,
+                settings,
+                loss=loss,
+                hooks=[KeepZeros(view, masks), *hooks],
+                validate=validate,
+                folder=folder,
+                identity=identity,
+                blocks=[block.name for block in view.blocks],
+                progress=progress,
+                label="recovering",
+            )
     finally:
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-            for module in layers:
-                module.training = False
         for parameter, kind in kinds.items():
             parameter.data = parameter.data.to(kind)
+
+
+@contextmanager
+def recomputing(model: Any) -> Iterator[None]:
+    """Activations of a transformers model are computed again in backward; no dropout is turned on.
+
+    Its layers recompute in training mode only. Some (OPT's) drop out by themselves in that mode,
+    at a rate of their own, which is zero meanwhile.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    rates = [
+        (layer, name, value)
+        for layer in layers
+        for name, value in vars(layer).items()
+        if "drop" in name and isinstance(value, float)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 6
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        for layer in layers:
+            layer.training = True
+        for layer, name, _ in rates:
+            setattr(layer, name, 0.0)
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.training = False
+        for layer, name, value in rates:
+            setattr(layer, name, value)
