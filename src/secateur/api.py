@@ -179,7 +179,7 @@ def recover(
             mask file.
         mask_from_zeros: what is zero now must stay zero.
         no_mask: nothing has to (after structured cuts).
-        method: ``perp``, ``full``, ``imp``, ``reconstruct``, or an adapter such as ``mask-lora``.
+        method: ``perp``, ``full``, ``reconstruct``, or an adapter such as ``mask-lora``.
         text: file, named corpus, texts, or token windows to train on.
         dense: the model it was cut from: compared with, and learnt from by ``reconstruct`` and
             ``distil``.

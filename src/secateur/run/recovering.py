@@ -89,13 +89,6 @@ def recover_model(
         )
     if out is not None:
         writable(out)
-    if spec.rounds > 1:
-        raise UsageError(
-            "cycles prune between their trainings, and this model is cut already",
-            field="recovery.cycles",
-            value=spec.rounds,
-            fix="secateur prune MODEL --recover imp; or here --with full, without cycles",
-        )
     ranks = Ranks.from_environment(device)
     loaded, view, run = _opened(source, device, dtype, trust_remote_code, progress)
     kept = _masks(view, run, masks, mask_from_zeros, no_mask)
