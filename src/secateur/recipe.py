@@ -155,6 +155,10 @@ class Recovery(_Part):
     every: int = Field(
         1, ge=1, description="of mask-lora: its mask takes part in every so many steps only"
     )
+    keep_adapter: bool = Field(
+        False,
+        description="of recover, lora and lora-prune: also write it in PEFT's format, unmerged",
+    )
     samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
     unit: Literal["block", "matrix"] = Field(
         "block", description="what reconstruct trains at a time"
@@ -289,8 +293,8 @@ class Recipe(_Part):
                 "a recovery trains a model that is in memory, and this one is streamed from disk",
                 field="recovery",
                 value=self.recovery.method,
-                fix="drop --stream; or prune first, then, from Python, "
-                "secateur.training.reconstruction.Reconstruction with resident=...",
+                fix="drop --stream; or prune first, then recover the finished folder on a larger machine "
+                "or, from Python, with secateur.training.reconstruction.Reconstruction and resident=...",
             )
         if target.is_pattern and self.scope not in (None, "row"):
             raise UsageError(
@@ -318,13 +322,6 @@ class Recipe(_Part):
         return self
 
     def _recovery_fits(self, recovery: Recovery) -> None:
-        if self.stream:
-            raise UsageError(
-                "a streamed model is never in memory as a whole, so it cannot be trained",
-                field="recovery",
-                value=recovery.method,
-                fix="drop --stream, or recover the finished folder on a larger machine",
-            )
         if recovery.rounds > 1 and self.target.is_pattern:
             raise UsageError(
                 "an N:M pattern is reached in one cut",

@@ -144,3 +144,14 @@ def test_exclusive_pools_use_a_neuron_once(kind):
     for p in range(2):
         used = picks.neurons[p][picks.neurons[p] >= 0]
         assert len(np.unique(used)) == len(used)
+
+
+@pytest.mark.parametrize("kind", ["batch", "matching"])
+def test_a_pool_without_usable_neurons_is_all_empty_slots(kind):
+    edges = 2.0 * BASES["golden"] ** np.arange(6)
+    law = Law("hyperbolic", math.sqrt(2.0), 5 * math.log(1 / BASES["golden"]))
+    demand = np.array([[1.0, 0.0, -0.5]])
+    picks = exclusive.bitwise(pools_of(law, 1, 0), 1, demand, edges, kind)
+    assert (picks.neurons == -1).all()
+    assert picks.residual.tolist() == [[1.0, 0.0, 0.5]]
+    assert picks.empty.tolist() == [10]

@@ -176,6 +176,16 @@ def test_a_folder_is_recovered_by_command(folder, tmp_path, capsys):
                  "--length", "48", "--no-eval", "--json"]) == 0  # fmt: skip
 
 
+def test_a_finished_recovery_keeps_no_checkpoint(folder, tmp_path):
+    words = {"train": ["all"], "steps": 2, "batch": 1, "length": 48, "out": tmp_path / "mended"}
+    secateur.recover(folder, **words)
+    inner = tmp_path / "mended" / "secateur" / "recovery"
+    assert [p.name for p in inner.iterdir()] == ["metrics.jsonl"]
+    before = state(tmp_path / "mended")
+    secateur.recover(folder, **words)
+    assert equal(before, state(tmp_path / "mended"))
+
+
 def test_a_model_in_memory_is_recovered_in_place():
     model = tiny_model("gpt2")
     ids = torch.randint(4, 260, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -205,6 +215,12 @@ def test_a_model_without_masks_is_refused(tiny_folder, tmp_path, capsys):
     assert "no sparse model" in capsys.readouterr().err
     settings = ["--steps", "2", "--length", "48", "--no-eval", "--json"]
     assert main(["recover", source, "--no-mask", "--out", str(tmp_path / "y"), *settings]) == 0
+
+
+def test_rounds_of_pruning_are_no_recovery_of_a_finished_cut(folder, tmp_path, capsys):
+    assert main(["recover", str(folder), "--with", "imp", "--out", str(tmp_path / "x")]) == 2
+    assert "secateur prune" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_masks_of_another_model_are_refused(folder, tiny_folder, tmp_path, capsys):
@@ -237,6 +253,13 @@ def test_mask_from_zeros_keeps_them(folder, tmp_path):
         ({"steps": 0}, "recovery.steps"),
         ({"length": 100_000}, "recovery.length"),
         ({"method": "full", "train": ["norms"]}, "recovery.train"),
+        ({"method": "lora"}, "train"),
+        ({"method": "mask-lora", "targets": ["zz"]}, "targets"),
+        ({"method": "reconstruct", "train": ["head"]}, "train"),
+        ({"method": "reconstruct", "unit": "matrix"}, "train"),
+        ({"method": "reconstruct", "distil": 0.5}, "recovery.distil"),
+        ({"method": "reconstruct", "patience": 2}, "recovery.patience"),
+        ({"shard": True, "patience": 2}, "recovery.shard"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_cut(
@@ -250,6 +273,62 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_cut(
         )  # fmt: skip
     assert caught.value.field == field
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--with", "imp"], "begin with the dense model"),
+        (["-R", "cycles=2"], "begin with the dense model"),
+        (["--train", ""], "nothing is to be trained"),
+        (["--with", "lora"], "fill the zeros"),
+        (["--with", "reconstruct", "--train", "head"], "lies in no block"),
+        (["--dense", "nowhere-at-all"], "nowhere-at-all"),
+        (["--with", "reconstruct", "--dense", "nowhere-at-all", "--no-eval"], "nowhere-at-all"),
+    ],
+)
+def test_by_command_too_nothing_is_written_then(folder, tmp_path, capsys, words, told):
+    code = main(["recover", str(folder), "--out", str(tmp_path / "out"), *words])
+    assert code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_reconstruction_without_the_dense_model_is_refused_at_once(tmp_path, capsys):
+    out = tmp_path / "out"
+    code = main(["recover", "tiny", "--no-mask", "--with", "reconstruct", "--out", str(out)])
+    assert code == 2
+    assert "--dense MODEL" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"train": ["head"]}, {"train": ["biases"], "add_biases": True}],
+    ids=["head", "biases"],
+)
+def test_what_the_model_lacked_is_there_from_the_first_cycle_on(change, tmp_path):
+    words = {
+        "method": "magnitude", "evaluation": EVALUATION, "out": tmp_path / "run",
+        "recovery": RECOVERY | {"cycles": 2} | change,
+    }  # fmt: skip
+    first = secateur.prune("tiny", **words, **COMMON)
+    structure = json.loads((tmp_path / "run/secateur/recovered.json").read_text())["structure"]
+    assert structure == {
+        "added_biases": "add_biases" in change, "untied": "head" in change["train"]
+    }  # fmt: skip
+    again = secateur.prune("tiny", **words, **COMMON)  # takes up what lies there
+    assert again.report["quality"]["pruned"] == first.report["quality"]["pruned"]
+    assert equal(state(tmp_path / "run"), dict(again.model.named_parameters()))
+
+
+def test_passes_of_reconstruction_are_those_over_its_own_windows(tmp_path):
+    result = secateur.prune(
+        "tiny", method="magnitude", evaluation=None, **COMMON,
+        recovery=RECOVERY | {"method": "reconstruct", "samples": 4},
+    )  # fmt: skip
+    assert result.report["recovery"]["windows"] == 4
+    assert result.report["recovery"]["passes"] == 3.0  # 6 steps of 2 windows
 
 
 def test_a_text_shorter_than_a_window_is_refused(tiny_folder, tmp_path):

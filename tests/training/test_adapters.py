@@ -12,7 +12,7 @@ from secateur.models.anatomy import ModelView
 from secateur.models.head import is_tied, untie_head
 from secateur.models.matrix import Matrix
 from secateur.models.tiny import VOCABULARY, tiny_model
-from secateur.training.adapters import AdapterOptions, Adapters
+from secateur.training.adapters import Adapted, AdapterOptions, Adapters
 from secateur.training.low_rank import KINDS, MASKED
 
 IDS = torch.randint(4, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -206,6 +206,19 @@ def test_with_every_the_mask_rests_in_the_steps_between_and_is_merged_all_the_sa
         module_of.masked_linear = plain
     assert len(seen) == 2 * 14, "steps 0 and 3, each of 14 matrices"
     assert zeros_hold(view, masks)
+
+
+def test_with_every_the_mask_rests_in_a_sharded_twin_too():
+    from types import SimpleNamespace
+
+    _, view, masks = pruned()
+    adapters = Adapters.attach(view, masks, AdapterOptions("mask-lora", rank=2, every=2))
+    twin = copy.deepcopy(view.model, {id(p): p for p in view.model.parameters()})
+    (hook,) = adapters.hooks()
+    for step, masked in ((0, True), (1, False), (2, True)):
+        hook.before_forward(SimpleNamespace(step=step, model=twin))
+        found = {m.masked for m in twin.modules() if isinstance(m, Adapted)}
+        assert found == {masked}
 
 
 def test_gradients_are_the_same_when_activations_are_recomputed():

@@ -210,15 +210,22 @@ def test_after_a_failure_the_model_has_its_own_parts_again():
         assert all(torch.equal(p, before[n]) for n, p in view.model.named_parameters())
 
 
-def test_checkpointing_computes_the_same():
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_checkpointing_computes_the_same(family):
     losses = []
     for checkpointing in (False, True):
-        view, masks = pruned("llama")
+        view, masks = pruned(family)
+        for layer in view.model.modules():
+            if isinstance(getattr(layer, "dropout", None), float):
+                layer.dropout = 0.5  # of OPT's layers; it must not wake up
         record = perp(
             view, masks, windows(), TrainSettings(steps=4), train=["norms"],
             checkpointing=checkpointing,
         )  # fmt: skip
         losses.append((record["first_loss"], record["last_loss"]))
+        layer = view.blocks[0].module
+        assert getattr(layer, "dropout", 0.5) == 0.5
+        assert not layer.training
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

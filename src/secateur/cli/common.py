@@ -122,10 +122,22 @@ def read_options(pairs: list[str] | None) -> dict[str, Any] | None:
 
 
 def names(lists: list[str] | None) -> list[str] | None:
-    """``["norms,biases", "head"]`` -> ``["norms", "biases", "head"]``."""
+    """``["norms,biases", "head"]`` -> ``["norms", "biases", "head"]``.
+
+    Raises:
+        UsageError: the option is there and names nothing.
+    """
     if not lists:
         return None
-    return [name.strip() for part in lists for name in part.split(",") if name.strip()]
+    found = [name.strip() for part in lists for name in part.split(",") if name.strip()]
+    if not found:
+        raise UsageError(
+            "nothing is to be trained",
+            field="train",
+            value=",".join(lists),
+            fix="name something (norms, mask-lora ...), or leave --train out for the usual",
+        )
+    return found
 
 
 def allocation(name: str | None, options: list[str] | None) -> str | dict[str, Any] | None:

@@ -87,6 +87,8 @@ def find(
         return
     if out is None:
         raise UsageError("where shall the ticket go?", field="out", fix="--out ticket.safetensors")
+    if out.is_dir() or any(parent.is_file() for parent in out.parents):
+        raise UsageError("no file can be written there", field="out", value=str(out))
     progress = common.progress(as_json)
     ticket = finder.fit(target, domain, seed=seed, progress=progress)
     with progress.stage("certificate"):

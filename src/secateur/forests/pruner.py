@@ -136,7 +136,7 @@ class BudgetPruner(BudgetedForest):
         node_loss: str = "auto",
         cost_scope: str = "example",
         solver: str = "auto",
-        max_iter: int = 100,
+        max_iter: int = 200,
         tol: float = 1e-6,
         steps: str = "averaged",
         step_m: float = 500.0,

@@ -30,6 +30,9 @@ def bitwise(pools: Pools, sign: int, demand: Floats, edges: Floats, kind: str) -
         if not demand[p].any():
             continue
         usable, product, interval = _tile(pools, p, sign, demand[p], edges)
+        if not len(usable):  # no neuron of the in-sign: every bit is missing
+            empty[p] = bits * int((demand[p] != 0).sum())
+            continue
         slots, residual[p], empty[p] = assign(np.abs(demand[p]), product, interval, edges)
         neurons[p] = np.where(slots >= 0, usable[slots], -1)
     return Picks(neurons, residual, empty)

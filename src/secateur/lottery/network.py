@@ -113,7 +113,13 @@ class Box:
                 fix="give finite bounds, e.g. 0,1 for pixels",
             )
         if bool((self.low > self.high).any()):
-            raise UsageError("a lower bound exceeds its upper bound", field="domain")
+            at = int((self.low > self.high).flatten().nonzero()[0])
+            ends = (float(side.flatten()[at]) for side in (self.low, self.high))
+            raise UsageError(
+                "a lower bound exceeds its upper bound",
+                field="domain",
+                value=",".join(f"{end:g}" for end in ends),
+            )
 
     @classmethod
     def of(cls, domain: Box | str | tuple[Any, Any], shape: Sequence[int]) -> Box:

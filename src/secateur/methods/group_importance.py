@@ -61,6 +61,7 @@ def channel_importance(
     """
     w = weight.float()
     others = [d for d in range(w.dim()) if d != dim]
+    # One temporary of the weight's size, worked on in place: it is held beside the gradients.
     if criterion == "l1":
         score = w.abs()
     elif criterion == "l2":
@@ -68,17 +69,18 @@ def channel_importance(
     elif criterion in ("element1", "vector"):
         score = w * _needed(gradient, "gradient", criterion)
     elif criterion == "element2":
-        score = w.square() * _needed(fisher, "fisher", criterion)
+        score = (w * _needed(fisher, "fisher", criterion)).mul_(w)
     elif criterion == "mix":
-        second = w.square() * _needed(fisher, "fisher", criterion)
-        score = w * _needed(gradient, "gradient", criterion) - 0.5 * second
+        score = w * _needed(fisher, "fisher", criterion)
+        score.mul_(-0.5).add_(_needed(gradient, "gradient", criterion)).mul_(w)
     else:
         raise UsageError(
             "unknown", field="criterion", value=criterion, fix=f"one of {', '.join(CRITERIA)}"
         )
     if criterion == "vector":
-        return (score.sum(others) if others else score).abs()
-    return score.abs().sum(others) if others else score.abs()
+        return (score.sum(others) if others else score).abs_()
+    score = score.abs_()
+    return score.sum(others) if others else score
 
 
 def _needed(value: Tensor | None, name: str, criterion: str) -> Tensor:

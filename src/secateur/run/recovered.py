@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.errors import UsageError
+from secateur.methods.structured_base import StructuredMethod
 from secateur.models.names import CheckpointMap
 from secateur.models.saving import block_state, cast, outside_state
 from secateur.models.shards import Shard, write_shard
@@ -36,8 +38,20 @@ def recoverer_of(session: Session, text: Any = None, *, owned: bool = True) -> R
     recipe = session.recipe
     if recipe.recovery is None:
         return None
+    if recipe.recovery.keep_adapter:
+        raise UsageError(
+            "the cut model without the adapter is not kept in such a run, so nothing could carry it",
+            field="recovery.keep_adapter",
+            value=True,
+            fix="prune without a recovery, then secateur recover RUN -R keep_adapter=true",
+        )
     recoverer = Recoverer.of(
-        recipe.recovery, session.loaded, session.view, text=text, progress=session.progress
+        recipe.recovery,
+        session.loaded,
+        session.view,
+        masked=not isinstance(session.method, StructuredMethod) and recipe.target.sparsity > 0,
+        text=text,
+        progress=session.progress,
     )
     if recoverer.needs_teacher:
         recoverer.teacher = (
@@ -72,6 +86,7 @@ def recover(
 ) -> dict[str, Any]:
     """Recover the cut model in memory, or take up what is recovered already."""
     if cycle is not None:
+        recoverer.structure()
         where = None if folder is None else folder.inner / "recovery" / f"cycle-{cycle}"
         return recoverer.recover(masks, where)
     if folder is not None:
@@ -129,10 +144,10 @@ def keep(session: Session, folder: RunFolder, record: dict[str, Any]) -> None:
     folder.event("recovered", steps=record["steps"], share=record["share"])
     for path in cut:
         path.unlink(missing_ok=True)
-    _drop_checkpoints(folder.inner / "recovery")
+    drop_checkpoints(folder.inner / "recovery")
 
 
-def _drop_checkpoints(folder: Path) -> None:
+def drop_checkpoints(folder: Path) -> None:
     """The training's own state is of no more use; its metrics stay."""
     for file in folder.rglob("*.safetensors"):
         file.unlink(missing_ok=True)

@@ -18,11 +18,12 @@ from secateur.models.head import is_tied, untie_head
 from secateur.models.loading import Loaded, load
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Recovery
-from secateur.training.adapter_options import AdapterOptions
+from secateur.training.adapters import AdapterOptions, targeted
 from secateur.training.distil import distillation_loss
 from secateur.training.loop import Batch, Loss, next_token_loss
 from secateur.training.low_rank import KINDS
-from secateur.training.perp import parts
+from secateur.training.perp import parts, refuse_filling
+from secateur.training.reconstruction import refuse_senseless
 from secateur.training.recoveries import Task, recoveries
 from secateur.training.settings import TrainSettings
 from secateur.training.subsets import add_biases, refuse_empty, usual
@@ -39,6 +40,9 @@ class Recoverer:
 
     Attributes:
         train: what is trained, the default resolved.
+        keep: where the adapter is written in PEFT's format before it is merged; None: nowhere.
+        base: what it says it belongs to.
+        structured: what ``structure`` changed, once it did.
         data, held: windows to train on, and to stop early by.
         teacher: makes the dense model; None where it is not to be had.
     """
@@ -52,6 +56,9 @@ class Recoverer:
     held: Windows | None
     teacher: Callable[[], nn.Module] | None
     progress: Progress = SILENT
+    structured: dict[str, Any] | None = None
+    keep: Path | None = None
+    base: str = ""
 
     @classmethod
     def of(
@@ -60,6 +67,7 @@ class Recoverer:
         loaded: Loaded,
         view: ModelView,
         *,
+        masked: bool,
         text: Any = None,
         teacher: Callable[[], nn.Module] | None = None,
         progress: Progress = SILENT,
@@ -67,17 +75,28 @@ class Recoverer:
         """Resolve ``spec`` for a model.
 
         Args:
+            masked: single weights are gone, or will be, and have to stay so.
             text: windows or texts in memory, instead of ``spec.text``.
 
         Raises:
-            UsageError: an unknown method or subset, an empty subset, too little text.
+            UsageError: an unknown method or subset, an empty subset, an adapter that fits
+                nowhere or would fill zeros, settings that do not go together, too little text.
         """
         method = "perp" if spec.method in KINDS else spec.method
         recoveries[method]  # an unknown one is refused, with the nearest
         train = _train(spec, view)
         subsets, kind = parts(train)
+        _refuse_contradictions(spec, train)
+        if spec.keep_adapter and train not in (("lora",), ("lora-prune",)):
+            raise UsageError(
+                "PEFT knows a plain LoRA and nothing beside it",
+                field="recovery.keep_adapter",
+                value=list(train),
+                fix="train lora or lora-prune alone; or leave keep_adapter out, for merged weights",
+            )
+        refuse_filling(kind, masked)
         if kind is not None:
-            AdapterOptions.of(kind, _adapter(spec))
+            targeted(view, AdapterOptions.of(kind, _adapter(spec)).targets)
         refuse_empty(view, [s for s in subsets if not (s == "biases" and spec.add_biases)])
         length = loaded.window(spec.length, "recovery.length")
         data = training_windows(
@@ -102,15 +121,20 @@ class Recoverer:
         return self.spec.distil > 0 or self.spec.method == "reconstruct"
 
     def structure(self) -> dict[str, Any]:
-        """Give the model the parameters it lacks; what was changed, for ``restructure``."""
-        added = add_biases(self.view) if self.spec.add_biases else []
-        untied = "head" in self.train and untie_head(self.view.model)
-        return {"added_biases": bool(added), "untied": untied}
+        """Give the model the parameters it lacks; what was changed, for ``restructure``.
+
+        Asked again (in a later cycle), it says what was changed the first time.
+        """
+        if self.structured is None:
+            added = add_biases(self.view) if self.spec.add_biases else []
+            untied = "head" in self.train and untie_head(self.view.model)
+            self.structured = {"added_biases": bool(added), "untied": untied}
+        return self.structured
 
     def recover(self, masks: Mapping[str, Tensor], folder: Path | None = None) -> dict[str, Any]:
         """Train in place under ``masks``; the record of what was done."""
         spec = self.spec
-        teacher = self._teacher() if self.needs_teacher else None
+        teacher = self.known_teacher()() if self.needs_teacher else None
         loss: Loss = next_token_loss
         if spec.distil > 0 and teacher is not None:
             loss = distillation_loss(teacher, spec.distil, spec.temperature)
@@ -129,13 +153,17 @@ class Recoverer:
             teacher=None if teacher is None else lambda: teacher,
             checkpointing=spec.checkpointing,
             folder=folder,
+            keep=self.keep,
+            base=self.base,
             identity=own,
             progress=self.progress,
         )
         name = "perp" if spec.method in KINDS else spec.method
         record = recoveries[name](task)
-        _round(self.view.model, self.loaded.stored)
-        passes = self.settings.steps * self.settings.batch / max(1, len(self.data))
+        round_to_stored(self.view.model, self.loaded.stored)
+        # Reconstruct goes round fewer windows, in every block.
+        windows = int(record.get("windows", len(self.data)))
+        passes = record.get("steps", self.settings.steps) * self.settings.batch / max(1, windows)
         return {
             **record,
             "method": spec.method,
@@ -148,7 +176,12 @@ class Recoverer:
             **own,
         }
 
-    def _teacher(self) -> nn.Module:
+    def known_teacher(self) -> Callable[[], nn.Module]:
+        """What makes the dense model.
+
+        Raises:
+            UsageError: it is not known.
+        """
         if self.teacher is None:
             raise UsageError(
                 "the dense model is needed, and it is not known",
@@ -156,7 +189,7 @@ class Recoverer:
                 value=self.spec.method,
                 fix="give it with --dense MODEL",
             )
-        return self.teacher()
+        return self.teacher
 
     @torch.no_grad()
     def _validate(self) -> float:
@@ -216,6 +249,28 @@ def _train(spec: Recovery, view: ModelView) -> tuple[str, ...]:
     return named
 
 
+def _refuse_contradictions(spec: Recovery, train: tuple[str, ...]) -> None:
+    """Settings that would be passed over in silence, or fail only after the cut."""
+    if spec.method == "reconstruct":
+        refuse_senseless(train, spec.unit, spec.stream)
+        unheard = {"distil": 0.0, "patience": None, "shard": False, "checkpointing": False}
+        for name, usual_value in unheard.items():
+            if getattr(spec, name) != usual_value:
+                raise UsageError(
+                    "reconstruct trains a block at a time towards the dense one, and knows no such setting",
+                    field=f"recovery.{name}",
+                    value=getattr(spec, name),
+                    fix="leave it out, or method: perp",
+                )
+    if spec.shard and spec.patience is not None:
+        raise UsageError(
+            "a sharded training does not stop early",
+            field="recovery.shard",
+            value=True,
+            fix="patience: null",
+        )
+
+
 def _adapter(spec: Recovery) -> dict[str, Any]:
     """The adapter's options."""
     keys = ("rank", "alpha", "init", "seed", "dropout", "every", "targets")
@@ -260,7 +315,7 @@ def _set_aside(data: Windows) -> tuple[Windows, Windows]:
 
 
 @torch.no_grad()
-def _round(model: nn.Module, stored: torch.dtype | None) -> None:
+def round_to_stored(model: nn.Module, stored: torch.dtype | None) -> None:
     """To the type it will be written in, so that what is measured is what is saved."""
     if stored is not None:
         for parameter in model.parameters():

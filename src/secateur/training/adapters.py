@@ -161,7 +161,7 @@ class Adapters:
         """
         check_masks(view, masks)
         skipped: dict[str, str] = {}
-        chosen = _chosen(view, options.targets, skipped)
+        chosen = targeted(view, options.targets, skipped)
         adapters = cls.attach_to(view.model, chosen, masks, options)
         adapters.skipped = skipped
         if options.head:
@@ -307,12 +307,20 @@ class _Alternating(Hook):
     def before_forward(self, at: Training) -> None:
         """See ``Hook``."""
         masked = at.step % self.adapters.options.every == 0
-        for module in self.adapters.modules.values():
-            module.masked = masked
+        for name in self.adapters.modules:
+            # In the model that is trained: sharded, it is a twin of the one they were put on.
+            at.model.get_submodule(name).masked = masked  # type: ignore[assignment]
 
 
-def _chosen(view: ModelView, targets: tuple[str, ...], skipped: dict[str, str]) -> list[Matrix]:
-    """The matrices that get an adapter; the others go to ``skipped``."""
+def targeted(
+    view: ModelView, targets: tuple[str, ...], skipped: dict[str, str] | None = None
+) -> list[Matrix]:
+    """The matrices that get an adapter; the others go to ``skipped``, with the reason.
+
+    Raises:
+        UsageError: a target that is not there; nothing that can carry an adapter.
+    """
+    skipped = {} if skipped is None else skipped
     matrices = view.matrices()
     for target in targets:
         if not any(_meant(m, target) for m in matrices):

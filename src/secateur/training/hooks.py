@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from secateur.training import checkpoint
 from secateur.training.settings import TrainSettings
 
-_STALE = 50
-"""Losses whose mean is called the last loss."""
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -131,7 +128,7 @@ class Fitted:
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
-        last = self.losses[-_STALE:]
+        last = self.losses[-max(1, len(self.losses) // 10) :]  # the mean of the last tenth
         return {
             "steps": self.steps,
             "first_loss": self.losses[0] if self.losses else None,

@@ -32,13 +32,14 @@ class KeepZeros(Hook):
     def begin(self, at: Training) -> None:
         """See ``Hook``."""
         gone: dict[str, Tensor] = {}
+        names = {id(p): name for name, p in at.named.items()}
         for matrix in self.view.matrices():
-            parameter = at.named.get(matrix.key)
+            # By what it is, whatever it is called here; a sharded one has only the name in common.
+            name = names.get(id(matrix.stored), matrix.key)
+            parameter = at.named.get(name)
             if parameter is None or matrix.name not in self.masks:
                 continue
-            whole = gone.setdefault(
-                matrix.key, torch.zeros(tuple(parameter.shape), dtype=torch.bool)
-            )
+            whole = gone.setdefault(name, torch.zeros(tuple(parameter.shape), dtype=torch.bool))
             _seen(matrix, whole).copy_(self.masks[matrix.name])
         self._gone = {name: alike(mask, at.named[name]) for name, mask in gone.items()}
 

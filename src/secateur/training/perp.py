@@ -11,11 +11,14 @@ retraining under a fixed mask, the baseline.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from secateur.data.windows import Windows
@@ -26,6 +29,7 @@ from secateur.training.adapters import AdapterOptions, Adapters
 from secateur.training.loop import Fitted, Hook, Loss, fit, next_token_loss, trainable
 from secateur.training.low_rank import KINDS
 from secateur.training.masked import KeepZeros, check_masks, prove_zeros
+from secateur.training.peft_format import export_peft
 from secateur.training.settings import TrainSettings
 from secateur.training.subsets import SUBSETS, Chosen, choose
 
@@ -65,6 +69,21 @@ def parts(train: Sequence[str]) -> tuple[list[str], str | None]:
     return [name for name in train if name in SUBSETS], kinds[0] if kinds else None
 
 
+def refuse_filling(kind: str | None, masked: bool) -> None:
+    """A plain LoRA cannot be merged where a mask has to stay.
+
+    Raises:
+        UsageError: it was asked for all the same.
+    """
+    if kind == "lora" and masked:
+        raise UsageError(
+            "would fill the zeros when it is merged",
+            field="train",
+            value="lora",
+            fix="mask-lora, scale-lora or lora-prune",
+        )
+
+
 def perp(
     view: ModelView,
     masks: Mapping[str, Tensor],
@@ -78,6 +97,8 @@ def perp(
     validate: Any = None,
     checkpointing: bool = False,
     folder: Path | None = None,
+    keep: Path | None = None,
+    base: str = "",
     identity: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -90,6 +111,7 @@ def perp(
         adapter: ``rank``, ``alpha``, ``init``, ``dropout``, ``targets``, ``every``, ``seed``.
         checkpointing: compute activations again in backward instead of keeping them.
         folder: for the checkpoint; the same call goes on from there.
+        keep: where the adapter is written in PEFT's format, for the model ``base``, unmerged.
 
     Returns:
         The training's record, with ``train``, ``share`` trained and ``zeros``.
@@ -100,13 +122,7 @@ def perp(
     """
     subsets, kind = parts(train)
     before = check_masks(view, masks)
-    if kind == "lora" and before:
-        raise UsageError(
-            "would fill the zeros when it is merged",
-            field="train",
-            value="lora",
-            fix="mask-lora, scale-lora or lora-prune",
-        )
+    refuse_filling(kind, before > 0)
     view.model.requires_grad_(False)
     chosen = choose(view, subsets)
     adapters = None
@@ -120,6 +136,8 @@ def perp(
         )  # fmt: skip
         started = time.perf_counter()
         if adapters is not None:
+            if keep is not None and not (dist.is_initialized() and dist.get_rank()):
+                export_peft(adapters, keep, base)
             adapters.merge()
         chosen.finish()
         merging = time.perf_counter() - started
@@ -164,30 +182,54 @@ def _fit(
         parameter.data = parameter.data.float()
     share = sum(p.numel() for p in trainable(model).values()) / max(1, chosen.total)
     progress.note(f"training {share:.3%} of the parameters")
-    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers checkpoints layers in training mode only; the rest keeps dropout off.
-        for module in layers:
-            module.training = True
     try:
-        return fit(
-            model,
-            data,
-            settings,
-            loss=loss,
-            hooks=[KeepZeros(view, masks), *hooks],
-            validate=validate,
-            folder=folder,
-            identity=identity,
-            blocks=[block.name for block in view.blocks],
-            progress=progress,
-            label="recovering",
-        )
+        with recomputing(model) if checkpointing else nullcontext():
+            return fit(
+                model,
+                data,
+                settings,
+                loss=loss,
+                hooks=[KeepZeros(view, masks), *hooks],
+                validate=validate,
+                folder=folder,
+                identity=identity,
+                blocks=[block.name for block in view.blocks],
+                progress=progress,
+                label="recovering",
+            )
     finally:
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-            for module in layers:
-                module.training = False
         for parameter, kind in kinds.items():
             parameter.data = parameter.data.to(kind)
+
+
+@contextmanager
+def recomputing(model: Any) -> Iterator[None]:
+    """Activations of a transformers model are computed again in backward; no dropout is turned on.
+
+    Its layers recompute in training mode only. Some (OPT's) drop out by themselves in that mode,
+    at a rate of their own, which is zero meanwhile.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    rates = [
+        (layer, name, value)
+        for layer in layers
+        for name, value in vars(layer).items()
+        if "drop" in name and isinstance(value, float)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 6
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        for layer in layers:
+            layer.training = True
+        for layer, name, _ in rates:
+            setattr(layer, name, 0.0)
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.training = False
+        for layer, name, value in rates:
+            setattr(layer, name, value)

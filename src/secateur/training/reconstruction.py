@@ -36,7 +36,7 @@ from secateur.training.finished import FinishedBlocks
 from secateur.training.local import Local, fit_local
 from secateur.training.low_rank import MASKED, Kind
 from secateur.training.masked import KeepZeros, check_masks, prove_zeros
-from secateur.training.perp import parts
+from secateur.training.perp import parts, refuse_filling
 from secateur.training.settings import TrainSettings
 from secateur.training.subsets import choose
 
@@ -100,40 +100,8 @@ class Reconstruction:
         if self.kind is not None:
             self._options(0)  # refused now rather than at the first block
         self.subsets = [name for name in subsets if name != "head"]
-        if not self.subsets and self.kind is None:
-            raise UsageError(
-                "a head lies in no block, so there is nothing to reconstruct",
-                field="train",
-                value=list(self.train),
-                fix="add norms, biases, all or an adapter, or retrain the head with perp",
-            )
-        if self.kind == "lora" and any(bool(mask.any()) for mask in self.masks.values()):
-            raise UsageError(
-                "would fill the zeros when it is merged",
-                field="train",
-                value="lora",
-                fix="mask-lora, scale-lora or lora-prune",
-            )
-        for name, value, known in (
-            ("unit", self.unit, UNITS),
-            ("stream", self.stream, STREAMS),
-        ):
-            if value not in known:
-                raise UsageError("unknown", field=name, value=value, fix=f"one of {known}")
-        if self.unit == "matrix" and {"norms", "rescale"} & set(self.subsets):
-            raise UsageError(
-                "a single matrix holds no norms",
-                field="train",
-                value=list(self.train),
-                fix="an adapter, biases or all; or unit: block",
-            )
-        if self.unit == "matrix" and self.stream == "dense":
-            raise UsageError(
-                "a single matrix is fitted to the dense matrix on the inputs it now sees",
-                field="stream",
-                value="dense",
-                fix="unit: block, or stream: pruned",
-            )
+        refuse_filling(self.kind, any(bool(mask.any()) for mask in self.masks.values()))
+        refuse_senseless(self.train, self.unit, self.stream)
         self._same_blocks()
 
     def _same_blocks(self) -> None:
@@ -490,6 +458,39 @@ def in_float32(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.data = parameter.data.to(kind)
 
 
+def refuse_senseless(train: Sequence[str], unit: str, stream: str) -> None:
+    """Requests no reconstruction can meet, whatever the model.
+
+    Raises:
+        UsageError: naming the field.
+    """
+    subsets, kind = parts(train)
+    if kind is None and set(subsets) <= {"head"}:
+        raise UsageError(
+            "a head lies in no block, so there is nothing to reconstruct",
+            field="train",
+            value=list(train),
+            fix="add norms, biases, all or an adapter, or retrain the head with perp",
+        )
+    for name, value, known in (("unit", unit, UNITS), ("stream", stream, STREAMS)):
+        if value not in known:
+            raise UsageError("unknown", field=name, value=value, fix=f"one of {known}")
+    if unit == "matrix" and {"norms", "rescale"} & set(subsets):
+        raise UsageError(
+            "a single matrix holds no norms",
+            field="train",
+            value=list(train),
+            fix="an adapter, biases or all; or unit: block",
+        )
+    if unit == "matrix" and stream == "dense":
+        raise UsageError(
+            "a single matrix is fitted to the dense matrix on the inputs it now sees",
+            field="stream",
+            value="dense",
+            fix="unit: block, or stream: pruned",
+        )
+
+
 def recover(task: Task) -> dict[str, Any]:
     """The recovery ``reconstruct`` of a cut model; ``settings.steps`` are those of each block.
 
@@ -500,7 +501,7 @@ def recover(task: Task) -> dict[str, Any]:
         raise UsageError(
             "reconstruction needs the model as it was before the cut",
             field="teacher",
-            fix="give the run's folder, or --teacher MODEL",
+            fix="give the run's folder, or --dense MODEL",
         )
     how = dict(task.reconstruction)
     samples = int(how.pop("samples", SAMPLES))

@@ -61,7 +61,7 @@ class PrimalDualOptions:
         n_jobs: threads for the trees, as joblib counts them.
     """
 
-    max_iter: int = 100
+    max_iter: int = 200
     tol: float = 1e-6
     steps: str = "averaged"
     step_m: float = 500.0
