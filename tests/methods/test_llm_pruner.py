@@ -100,6 +100,28 @@ def test_the_route_that_holds_less_is_taken() -> None:
         assert not method.by_block_is_smaller(work, work.groups)
 
 
+@pytest.mark.parametrize("smaller", [True, False])
+def test_scores_take_the_route_they_are_told_is_smaller(
+    smaller: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+
+    def noted(name: str) -> Any:
+        route = getattr(LLMPruner, name)
+
+        def run(self: LLMPruner, job: ScoreJob, groups: Any) -> Any:
+            taken.append(name)
+            return route(self, job, groups)
+
+        return run
+
+    for name in ("_by_block", "_whole"):
+        monkeypatch.setattr(LLMPruner, name, noted(name))
+    monkeypatch.setattr(LLMPruner, "by_block_is_smaller", lambda *_: smaller)
+    LLMPruner().scores(job(tiny_model("llama")))
+    assert taken == ["_by_block" if smaller else "_whole"]
+
+
 def test_whole_groups_of_a_gqa_layer_do_not_see_their_neighbours() -> None:
     """Scaling q and o of group 1 so that its function stays must leave group 0's score."""
     model = tiny_model("llama")

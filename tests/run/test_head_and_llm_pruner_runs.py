@@ -11,6 +11,8 @@ import torch
 import secateur
 from secateur.allocation.structured import structured_counts
 from secateur.errors import UsageError
+from secateur.masks.structured import StructuredMask
+from secateur.models.surgery import shrink
 from secateur.models.tiny import tiny_model, tiny_tokenizer
 from secateur.models.units import units_of
 
@@ -108,3 +110,27 @@ def test_bad_input_is_named(method: str, settings: dict[str, Any], word: str) ->
     sparsity = settings.pop("sparsity", 0.25)
     with pytest.raises(UsageError, match=word):
         runs(method, sparsity, **settings)
+
+
+@pytest.mark.parametrize("method", ["slimgpt", "llm-pruner", "heads"])
+def test_encoders_are_cut_like_decoders(method: str) -> None:
+    config = transformers.BertConfig(
+        hidden_size=48, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64,
+        vocab_size=264, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.BertForMaskedLM(config).eval()
+    result = secateur.prune(model, tiny_tokenizer(), method=method, sparsity=0.5, **FEW)
+    assert result.report["totals"]["delivered"] == pytest.approx(0.5, abs=0.01)
+    assert torch.isfinite(result.model(torch.arange(4, 20)[None]).logits).all()
+
+
+@pytest.mark.parametrize("method", ["slimgpt", "llm-pruner", "heads"])
+def test_blocks_are_found_by_their_present_place(method: str) -> None:
+    """Groups keep the number of the block they had; the blocks that are left move up."""
+    model = tiny_model("llama", num_hidden_layers=4)
+    mask = StructuredMask({"model.layers": torch.tensor([False, True, False, False])})
+    shrink(model, mask)
+    result = secateur.prune(model, tiny_tokenizer(), method=method, sparsity=0.5, **FEW)
+    cut = {key: count for key, count in gone(result).items() if count}
+    assert {key.split(".")[2] for key in cut} == {"0", "2", "3"}
+    assert result.report["totals"]["delivered"] == pytest.approx(0.5, abs=0.01)

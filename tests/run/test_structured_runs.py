@@ -175,7 +175,8 @@ def test_why_and_plan_speak_plainly(tmp_path: Path) -> None:
     from secateur.run.results import explain
 
     run(out=tmp_path / "a")
-    assert explain(tmp_path / "a", "layers.1.mlp")["matches"][0]["sparsity"] == 0.5
+    told = explain(tmp_path / "a", "layers.1.mlp")
+    assert told["group"]["removed"] == len(told["gone"]) == told["group"]["before"] // 2
     with pytest.raises(UsageError, match="no such group"):
         explain(tmp_path / "a", "nothing")
     with pytest.raises(UsageError, match="planned in its run"):
@@ -265,13 +266,16 @@ def test_rounds_resume(tmp_path: Path) -> None:
         ({"structure": {"kinds": ["head"], "gqa": "even", "ranking": "global"}}, "evenly"),
         ({"structure": {"align": True, "round_to": 8}}, "alignment moves"),
         ({"structure": {"width": 3}}, "no such setting"),
+        ({"structure": {"align": True, "ranking": "global"}}, "its own width"),
+        ({"structure": {"target_kind": "latency", "context": 999}}, "128 positions"),
         ({"method": "least-squares", "structure": {"kinds": ["stem"]}}, "does not cut stem"),
+        ({"method": "magnitude", "structure": {"uniform": True}}, "removes single weights"),
     ],
 )
 def test_bad_input(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
         run(out=tmp_path / "a", **settings)
-    assert not (tmp_path / "a" / "model.safetensors.index.json").exists()
+    assert not (tmp_path / "a").exists()  # refused before any work: nothing is left behind
 
 
 def test_multi_query_has_no_groups() -> None:
@@ -279,6 +283,17 @@ def test_multi_query_has_no_groups() -> None:
         run(tiny_model("falcon"))
     result = run(tiny_model("falcon"), structure={"gqa": "even"})
     assert result.report["totals"]["delivered"] == pytest.approx(0.5)
+
+
+def test_a_layer_down_to_its_last_group_keeps_it(tmp_path: Path) -> None:
+    """A cut model whose layers differ can be cut again, whatever some have left."""
+    structure = {"kinds": ["head"], "ranking": "global"}
+    first = run(out=tmp_path / "a", structure=structure, sparsity=1 / 6)
+    assert sorted(r["after"] for r in first.report["structure"]["groups"]) == [1, 2, 2]
+    second = run(str(tmp_path / "a"), structure=structure, sparsity=0.4)
+    assert [r["after"] for r in second.report["structure"]["groups"]] == [1, 1, 1]
+    with pytest.raises(UsageError, match="the only group"):
+        run(second.model, structure=structure, sparsity=0.3)
 
 
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -307,6 +322,19 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         secateur.load_pruned(broken(lambda r: r.update(format=9)))
     with pytest.raises(UsageError, match="not a structured mask"):
         secateur.load_pruned(broken(lambda r: r.pop("groups")))
+    with pytest.raises(UsageError, match="cannot have had -3 units"):
+        secateur.load_pruned(broken(lambda r: r["groups"][key].update(of=-3)))
+    for field in ("stock", "architecture", "original_config"):
+        with pytest.raises(UsageError, match="not a pruning manifest"):
+            secateur.load_pruned(broken(lambda r, field=field: r.pop(field)))
+    with pytest.raises(UsageError, match="not a pruning manifest"):
+        secateur.load_pruned(broken(lambda r: r.update(original_config=[])))
+    last_gone = {"model.layers": {"of": 3, "kept": [0, 1]}}
+    for name in list(good["groups"]):
+        if ".2." in name:
+            last_gone[name] = good["groups"][name]
+    with pytest.raises(VerificationError, match="says is gone"):
+        secateur.load_pruned(broken(lambda r: r["groups"].update(last_gone)))
     folder = broken(lambda r: None)
     shard = sorted(folder.glob("model-block-*.safetensors"))[0]
     shard.unlink()
@@ -329,13 +357,32 @@ def test_other_targets_are_met(kind: str) -> None:
 
 def test_latency_is_a_target() -> None:
     """That it ends, and says what it did; how close it comes is the machine's affair."""
-    result = run(sparsity=0.05, structure={"target_kind": "latency", "context": 64})
+    wide = tiny_model("llama", num_hidden_layers=2, intermediate_size=4096)
+    result = run(wide, sparsity=0.05, structure={"target_kind": "latency", "context": 64})
     assert any("latency:" in note for note in result.report["notes"])
+
+
+@pytest.mark.parametrize("rule", [{"round_to": 32}, {"at_least": 40, "kinds": ["ffn"]}])
+def test_a_time_is_sought_within_what_may_go(rule: dict[str, Any], monkeypatch: Any) -> None:
+    """The search starts at the largest cut, which rounding and floors make smaller."""
+    import secateur.run.latency as latency
+
+    def count(model: Any, *_: Any) -> float:
+        return float(sum(p.numel() for p in model.parameters()))
+
+    monkeypatch.setattr(latency, "prefill_seconds", count)
+    structure = {"target_kind": "latency", "context": 64, "protect": [0], **rule}
+    result = run(sparsity=0.1, structure=structure)
+    sizes = result.report["structure"]["parameters"]
+    assert sizes["after"] / sizes["before"] == pytest.approx(0.9, abs=0.04)
 
 
 def test_widths_are_rounded_and_blocks_protected() -> None:
     structure = {"round_to": 8, "protect": [0, -1]}
     result = run(sparsity=0.3, structure=structure)
+    target = result.report["structure"]["target"]
+    assert target["delivered"] == pytest.approx(0.3, abs=0.03)  # of the block that may be cut
+    assert result.report["totals"]["delivered"] == pytest.approx(0.1, abs=0.01)
     for row in result.report["structure"]["groups"]:
         if row["block"] in (0, 2):
             assert row["removed"] == 0

@@ -49,7 +49,7 @@ def structured_counts(
         groups: what may be cut.
         share: how much of ``total`` goes, in [0, 1).
         kind: what is counted.
-        total: the whole in that unit; None: all units of all groups together.
+        total: the whole in that unit; None: all units of the groups that are not protected.
         context: tokens a token attends to, for FLOPs (half of them on average).
         round_to: channels that stay are a multiple of this.
         uniform: like groups (same kind, same size) lose the same number.
@@ -101,13 +101,27 @@ def structured_counts(
     }
 
 
-def solve_share(achieved: Callable[[float], float], wanted: float, steps: int = 12) -> float:
-    """The share s for which ``achieved(s)`` (monotone, by measurement) comes nearest ``wanted``.
+def largest_share(
+    groups: Sequence[Group],
+    round_to: int = 1,
+    at_least: int = 1,
+    protect: frozenset[int] = frozenset(),
+) -> float:
+    """The most ``structured_counts`` can take of the weights of groups that are not protected."""
+    free = [g for g in groups if g.block is None or g.block not in protect]
+    whole = sum(g.weights * g.n_units for g in free)
+    return sum(g.weights * _most(g, round_to, at_least) for g in free) / max(1, whole)
+
+
+def solve_share(
+    achieved: Callable[[float], float], wanted: float, most: float, steps: int = 12
+) -> float:
+    """The share up to ``most`` whose ``achieved`` (monotone, measured) is nearest ``wanted``.
 
     Raises:
         UsageError: even the largest cut does not get there.
     """
-    low, high = 0.0, 0.95
+    low, high = 0.0, most
     best = (abs(achieved(high) - wanted), high)
     if achieved(high) < wanted:
         raise UsageError(

@@ -153,8 +153,13 @@ def show(report: dict[str, Any], as_json: bool) -> None:
     if report.get("structure"):
         flops = report["structure"]["flops"]["prefill"]["ratio"]
         target = report["structure"]["target"]
-        asked = f"{target['asked']:.2%} of the {target['kind']}"
-        if target["kind"] != "ratio" and target["delivered"] is not None:
+        protected = report["recipe"]["structure"]["protect"]
+        asked = f"{target['asked']:.2%}"
+        if target["kind"] != "ratio":
+            asked += f" of the {target['kind']}"
+        elif protected:
+            asked += " of those outside protected blocks"
+        if (target["kind"] != "ratio" or protected) and target["delivered"] is not None:
             asked += f", delivered {target['delivered']:.2%}"
         common.say(
             f"[bold]{name}[/bold]: {totals['elements']:,} parameters -> "

@@ -1,4 +1,4 @@
-"""Explain one matrix of a run: its scores, the threshold, what was kept and what went.
+"""Explain one matrix of a run (or one group of units): scores, threshold, what was kept and went.
 
 [bold]Examples[/bold]
 
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -37,11 +38,43 @@ def command(
                 f"{common.plain(row['name']):<48} {row['sparsity']:.4f}  error {_error(row['error'])}"
             )
         return
+    if "group" in record:
+        _explain_group(record)
+        return
     _explain(record)
 
 
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _explain_group(record: dict[str, Any]) -> None:
+    g = record["group"]
+    place = "" if g["block"] is None else f", block {g['block']}"
+    common.say(f"[bold]{common.plain(g['name'])}[/bold]  {g['before']} {g['unit']}{place}")
+    common.say(
+        f"removed {g['removed']} ({g['removed'] / g['before']:.2%}), {g['after']} stay; "
+        f"ranked by {record['method']}"
+    )
+    if record["gone"]:
+        common.say(f"gone    {_ranges(record['gone'])} (numbers of the original model)")
+    if g.get("scores"):
+        low, middle, high = min(g["scores"]), median(g["scores"]), max(g["scores"])
+        common.say(f"scores  {low:.4g} .. {middle:.4g} .. {high:.4g} (min, median, max)")
+    for name, value in (g.get("notes") or {}).items():
+        common.say(f"{common.plain(name):<7} {value:.6g}")
+
+
+def _ranges(numbers: list[int], most: int = 12) -> str:
+    """``0-3, 7, 9-10``; cut off after ``most`` runs."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    words = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:most]]
+    return ", ".join(words + (["..."] if len(runs) > most else []))
 
 
 def _explain(record: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from secateur.models.units import Group
 
 _ATTRIBUTE = "pruned_structure"
+_MOST_UNITS = 1 << 24
+"""More units than any group has: a damaged file must not ask for memory without end."""
 
 
 @dataclass(eq=False)
@@ -98,6 +100,8 @@ class StructuredMask:
         gone = {}
         try:
             for key, entry in record["groups"].items():
+                if not 1 <= int(entry["of"]) <= _MOST_UNITS:
+                    raise ValueError(f"'{key}' cannot have had {entry['of']} units")
                 mask = torch.ones(int(entry["of"]), dtype=torch.bool)
                 for unit in entry["kept"]:
                     if not 0 <= unit < len(mask):

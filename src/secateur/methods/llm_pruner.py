@@ -32,7 +32,7 @@ from secateur.methods.group_importance import (
 )
 from secateur.methods.structured_base import ScoreJob, StructuredMethod
 from secateur.models.anatomy import Block, ModelView
-from secateur.models.units import Group, Slice, parameters_of
+from secateur.models.units import Group, Slice, parameters_of, stack_of
 from secateur.progress import SILENT, Progress
 
 Sums = Mapping[str, GradientMoments]
@@ -106,10 +106,12 @@ class LLMPruner(StructuredMethod):
         rest = [g for g in job.groups if g.key not in found]
         local = [g for g in rest if g.kind != "stem"]
         shared = [g for g in rest if g.kind == "stem"]
-        if local:
-            found |= (
-                self._by_block(job, local) if NORMS[self.criterion] else self._plain(job, local)
-            )
+        if local and not NORMS[self.criterion]:
+            found |= self._plain(job, local)
+        elif local and self.by_block_is_smaller(job, local):
+            found |= self._by_block(job, local)
+        elif local:
+            found |= self._whole(job, local)
         if shared:
             found |= self._whole(job, shared) if NORMS[self.criterion] else self._plain(job, shared)
         return {group.key: found[group.key] for group in job.groups}
@@ -287,4 +289,5 @@ def _matrices(group: Group, number: int, parameters: Mapping[str, Tensor]) -> li
 
 
 def _within(group: Group, block: Block) -> bool:
-    return group.key == block.name or group.key.startswith(f"{block.name}.")
+    """By number: a group's key keeps the one its block had before others were dropped."""
+    return group.block == block.index and group.stack == stack_of(block.name)

@@ -256,14 +256,31 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
         known = int(record["format"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError("not a pruning manifest", field="manifest", value=str(path)) from None
+        whole = (
+            isinstance(record["stock"], bool)
+            and isinstance(record["architecture"], str)
+            and isinstance(record["original_config"]["model_type"], str)
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"not a pruning manifest ({type(error).__name__}: {error})",
+            field="manifest",
+            value=str(path),
+            fix="take the one its run wrote",
+        ) from None
     if known > _FORMAT:
         raise UsageError(
             f"written in format {known}, this version reads up to {_FORMAT}",
             field="manifest",
             value=str(path),
             fix="pip install -U secateur",
+        )
+    if not whole:
+        raise UsageError(
+            "not a pruning manifest: stock, architecture or original_config is no such thing",
+            field="manifest",
+            value=str(path),
+            fix="take the one its run wrote",
         )
     return record
 
@@ -272,7 +289,22 @@ def restore_structure(model: nn.Module, manifest: dict[str, Any], folder: Path) 
     """Note on a model opened from a stock folder what it has lost, so that numbers stay original."""
     mask = StructuredMask.parse(manifest, str(folder / MANIFEST))
     remember(model, mask)
+    _check_record(model, mask, folder)
     model.__dict__["original_config"] = _config_of(manifest, folder)
+
+
+def _check_record(model: Any, mask: StructuredMask, folder: Path) -> None:
+    """Every group a manifest names is there, with as many units as it says."""
+    layout = layout_of(model)
+    found = {a.key: a.heads for a in layout.attentions} | {m.key: m.width for m in layout.mlps}
+    found |= layout.lists | {"stem": int(model.get_input_embeddings().weight.shape[1])}
+    for key, gone in mask.gone.items():
+        kept = int((~gone).sum())
+        if found.get(key, kept) != kept:
+            raise VerificationError(
+                f"'{key}' has {found[key]} units in '{folder}', its manifest says {kept}",
+                fix=f"take config, {MANIFEST} and weights of the same run",
+            )
 
 
 def _config_of(manifest: dict[str, Any], folder: Path) -> Any:
@@ -353,6 +385,13 @@ def _most_common(tensors: SafetensorsFolder) -> torch.dtype:
 
 def _fill(model: Any, names: CheckpointMap, folder: Path, dtype: torch.dtype) -> None:
     tied = tied_names(model)
+    used = {source for recipe in names.recipes.values() for source, _ in recipe.sources}
+    spare = [n for n in names.tensors.names() if n not in used and n not in tied]
+    if spare:
+        raise VerificationError(
+            f"'{folder}' holds '{spare[0]}', which its manifest says is gone",
+            fix=f"take config, {MANIFEST} and weights of the same run",
+        )
     for name, value in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)

@@ -14,7 +14,17 @@ from secateur.errors import UsageError
 from secateur.models.anatomy import text_config
 from secateur.models.discovery import is_conv1d, is_experts, is_linear
 from secateur.models.families import Attention, Family, family_of, is_router, qkv_rows, role_of
-from secateur.models.units import KINDS, Gqa, Group, Kind, Role, Slice, Units, parameters_of
+from secateur.models.units import (
+    KINDS,
+    Gqa,
+    Group,
+    Kind,
+    Role,
+    Slice,
+    Units,
+    parameters_of,
+    stack_of,
+)
 
 HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 CROSS = ("encdecattention", "encoder_attn", "crossattention", "cross_attn")
@@ -124,7 +134,7 @@ def layout_of(model: nn.Module) -> Layout:
     attentions: list[AttentionLayout] = []
     mlps: list[MlpLayout] = []
     for (path, index), roles in blocks.items():
-        stack = "encoder" if "encoder" in path.split(".") else "decoder"
+        stack = stack_of(path)
         attentions += _attentions(model, family, path, index, stack, roles, linears)
         mlps += _mlps(path, index, stack, roles, linears)
     originals = {
@@ -212,6 +222,8 @@ def find_units(model: nn.Module, kinds: Sequence[str], gqa: Gqa) -> Units:
     groups: list[Group] = []
     if {"head", "kv_group"} & set(kinds):
         mode = "groups" if "head" not in kinds else gqa
+        if mode == "groups":
+            _refuse_single_groups(layout.attentions)
         groups += [builder.heads(a, mode) for a in layout.attentions]
     if "ffn" in kinds:
         groups += [builder.channels(m) for m in layout.mlps]
@@ -230,6 +242,19 @@ def find_units(model: nn.Module, kinds: Sequence[str], gqa: Gqa) -> Units:
     if "layer" in kinds:
         groups.append(builder.layers())
     return Units(groups, layout.skipped)
+
+
+def _refuse_single_groups(attentions: Sequence[AttentionLayout]) -> None:
+    """A layer down to its last group keeps it; a model with nothing else has none to give."""
+    shared = [a for a in attentions if a.shared > 1]
+    if shared and len(shared) == len(attentions) and all(a.kv_heads == 1 for a in shared):
+        raise UsageError(
+            f"all heads of '{shared[0].key}' share one key-value head: it is the only group",
+            field="gqa",
+            value="groups",
+            fix="gqa: even removes query heads and keeps the shared keys and values; or "
+            "kinds: [ffn]",
+        )
 
 
 class _Builder:
@@ -261,13 +286,6 @@ class _Builder:
         rows, columns = at.rows(), at.columns()
         shared = at.heads // at.kv_heads
         if shared > 1 and gqa == "groups":
-            if at.kv_heads == 1:
-                raise UsageError(
-                    f"all heads of '{at.key}' share one key-value head: it is the only group",
-                    field="gqa",
-                    value=gqa,
-                    fix="gqa: even removes query heads and keeps the shared keys and values",
-                )
             q = rows["q"][1].reshape(at.kv_heads, -1)
             slices = self._linear(rows["q"][0], q, "writes")
             for role in "kv":

@@ -29,6 +29,11 @@ Role = Literal["writes", "reads", "norm", "embed", "per_unit"]
 KINDS: tuple[Kind, ...] = ("head", "ffn", "kv_group", "stem", "layer")
 
 
+def stack_of(path: str) -> str:
+    """Which stack the blocks of a list (or one of them) belong to: ``encoder`` or ``decoder``."""
+    return "encoder" if "encoder" in path.split(".") else "decoder"
+
+
 @dataclass(frozen=True, eq=False)
 class Slice:
     """The part of one parameter that belongs to a group's units.

@@ -29,8 +29,11 @@ def delivered(result: dict[str, Any]) -> list[Sentence]:
         f"{words.short(before)} parameters became {words.short(after)}; "
         f"{words.percent(result['totals']['delivered'], 2)} of the units' weights are cut out"
     )
-    if target["kind"] != "ratio":
-        text += f" (asked: {words.percent(target['asked'], 1)} of the {target['kind']}"
+    protected = result["recipe"]["structure"]["protect"]
+    if target["kind"] != "ratio" or protected:
+        ratio = {"ratio": "those outside protected blocks"}
+        what = ratio.get(target["kind"], f"the {target['kind']}")
+        text += f" (asked: {words.percent(target['asked'], 1)} of {what}"
         got = target.get("delivered")
         text += f", delivered {words.percent(got, 1)})" if got is not None else ")"
     tone = "good" if result.get("verified") else "caution"

@@ -36,6 +36,9 @@ from secateur.files import told_plainly, write_json, write_text
 from secateur.recipe import Recipe
 from secateur.tensorfile import save_tensors
 
+_BEFORE_WORK = {"lock", "run.json", "recipe.yaml", "events.jsonl"}
+"""What is in ``secateur/`` before a run has done anything."""
+
 RECOVERED = "recovered.json"
 """Under ``secateur/``: the recovery's record, written when all its weights are on disk."""
 
@@ -68,11 +71,13 @@ class RunFolder:
         self.inner = path / "secateur"
         self._started = time.monotonic()
         self._lock: IO[str] | None = None
+        self._made = False
         if rank == 0:
             self._take(identity, fresh)
 
     def _take(self, identity: dict[str, Any], fresh: bool) -> None:
         path = self.path
+        self._made = not path.exists()
         if path.exists() and not path.is_dir():
             raise UsageError("is a file, not a folder", field="out", value=str(path))
         if path.is_dir() and any(path.iterdir()) and not (self.inner / "run.json").exists():
@@ -117,8 +122,19 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.rank == 0 and kind is not None and issubclass(kind, UsageError):
+            self._vanish()
         self.close()
+
+    def _vanish(self) -> None:
+        """A request that was refused before any work leaves no trace."""
+        if any(p != self.inner for p in self.path.iterdir()):
+            return
+        if {p.name for p in self.inner.iterdir()} <= _BEFORE_WORK:
+            shutil.rmtree(self.inner)
+            if self._made:
+                self.path.rmdir()
 
     # -- what this folder is -------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ def saved_time(
     known: dict[tuple[int, ...], float] = {}
 
     def saved(share: float) -> float:
-        cuts = counts(min(share, _ceiling(groups)))
+        cuts = counts(share)
         key = tuple(cuts[g.key].removed for g in groups)
         if key not in known:
             with progress.stage(f"timing a cut of {share:.0%}"):
@@ -67,12 +67,6 @@ def saved_time(
         return known[key]
 
     return saved
-
-
-def _ceiling(groups: Sequence[Group]) -> float:
-    """The largest share of units that leaves one in every group."""
-    whole = sum(g.weights * g.n_units for g in groups)
-    return sum(g.weights * max(0, g.n_units - g.even) for g in groups) / whole * (1 - 1e-9)
 
 
 def first_units_gone(model: Any, groups: Sequence[Group], cuts: Mapping[str, UnitCut]) -> Any:

@@ -12,6 +12,7 @@ from secateur.allocation.plan import Plan
 from secateur.allocation.summary import summary
 from secateur.errors import UsageError
 from secateur.evaluation.speed import machine
+from secateur.models.structured_saving import read_manifest
 from secateur.run.engine import BlockResult
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
@@ -116,7 +117,7 @@ def explain(folder: Path, module: str) -> dict[str, Any]:
     report = read_result(folder)
     modules = report["modules"]
     if report.get("structure"):
-        return _explain_group(report, module)
+        return _explain_group(folder, report, module)
     exact = [m for m in modules if m["name"] == module]
     found = exact or [m for m in modules if module in m["name"]]
     if not found:
@@ -149,15 +150,21 @@ def explain(folder: Path, module: str) -> dict[str, Any]:
     }
 
 
-def _explain_group(report: dict[str, Any], name: str) -> dict[str, Any]:
-    """What a structured run remembers of the groups whose name contains ``name``."""
+def _explain_group(folder: Path, report: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a structured run remembers of one group, or all whose name contains ``name``."""
     groups = report["structure"]["groups"]
     found = [g for g in groups if g["name"] == name] or [g for g in groups if name in g["name"]]
     if not found:
         raise UsageError(
             "the run has no such group", field="module", value=name, fix=f"e.g. {groups[0]['name']}"
         )
-    rows = [
-        {"name": g["name"], "sparsity": g["removed"] / g["before"], "error": None} for g in found
-    ]
-    return {"matches": rows, "groups": found}
+    if len(found) > 1:
+        rows = [
+            {"name": g["name"], "sparsity": g["removed"] / g["before"], "error": None}
+            for g in found
+        ]
+        return {"matches": rows, "groups": found}
+    entry = ((read_manifest(folder) or {}).get("groups") or {}).get(found[0]["name"])
+    kept = set(entry["kept"]) if entry else set()
+    gone = [n for n in range(entry["of"]) if n not in kept] if entry else []
+    return {"group": found[0], "method": report["recipe"]["method"], "gone": gone}

@@ -28,7 +28,7 @@ from secateur.models.loading import Loaded
 from secateur.models.shards import INDEX
 from secateur.models.state import evaluating
 from secateur.progress import SILENT, Progress
-from secateur.recipe import Recipe
+from secateur.recipe import Recipe, Structure
 from secateur.run.checkpoint import Checkpoint
 from secateur.run.engine import BlockResult, Engine
 from secateur.run.evidence import gather_gradients
@@ -105,6 +105,15 @@ def execute(
                 progress=progress,
                 command=command,
             ),
+        )
+    if recipe.structure != Structure():
+        settings = recipe.structure.model_dump(exclude_defaults=True)
+        raise UsageError(
+            f"has no meaning for '{recipe.method}', which removes single weights",
+            field="structure",
+            value=settings,
+            fix="leave it out, or take a method that removes whole units: slimgpt, llm-pruner, "
+            "heads, unit-magnitude",
         )
     if out is not None:
         writable(out)

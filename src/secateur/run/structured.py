@@ -66,6 +66,7 @@ def execute_structured(
     method = cast(StructuredMethod, session.method)
     model = session.loaded.model
     keep_original_config(model)
+    units = _units(session, method)
     with ExitStack() as stack:
         folder = None
         if out is not None:
@@ -73,11 +74,10 @@ def execute_structured(
             folder.save_recipe(recipe)
             folder.event("started", model=session.loaded.name, target=str(recipe.target))
         stack.enter_context(evaluating(model))
-        units = _units(session, method)
+        plan = _planned(session, units, folder)
         judged = _dense_beside(session)
         quality = measure_quality(judged, folder)
         before = _profile(session)
-        plan = _planned(session, units, folder)
         records: list[GroupRecord] = []
         with session.timed("pruning"):
             if method.driver == "blocks":
@@ -126,7 +126,8 @@ def _settled(recipe: Recipe) -> Recipe:
     """The recipe with the structure it leaves open filled in from the method."""
     method = cast(StructuredMethod, resolve(recipe)[0])
     structure = recipe.structure
-    usual = "local" if structure.uniform or structure.round_to > 1 else method.usual_ranking
+    own_widths = structure.uniform or structure.round_to > 1 or structure.align
+    usual = "local" if own_widths else method.usual_ranking
     filled = structure.model_copy(
         update={
             "kinds": structure.kinds or method.usual_kinds,
@@ -170,12 +171,13 @@ def _refuse(recipe: Recipe) -> None:
             value=True,
             fix="round_to: 32 for widths that are all alike, or leave uniform and round_to out",
         )
-    if structure.ranking == "global" and (structure.uniform or structure.round_to > 1):
+    own_widths = structure.uniform or structure.round_to > 1 or structure.align
+    if structure.ranking == "global" and own_widths:
         raise UsageError(
             "a global ranking gives every group its own width",
             field="ranking",
             value="global",
-            fix="ranking: local, or leave uniform and round_to out",
+            fix="ranking: local, or leave uniform, round_to and align out",
         )
 
 
@@ -219,6 +221,13 @@ def _units(session: Session, method: StructuredMethod) -> Units:
                 value=group.kind,
                 fix=f"kinds: {sorted(method.kinds)}",
             )
+    if structure.ranking == "global" and any(g.even > 1 for g in units):
+        raise UsageError(
+            "heads that must go evenly cannot be ranked over all layers",
+            field="ranking",
+            value="global",
+            fix="gqa: groups, or ranking: local",
+        )
     return units
 
 

@@ -20,7 +20,7 @@ from secateur.masks.structured import StructuredMask
 from secateur.methods.structured_base import StructuredMethod, UnitDecision, UnitProblem
 from secateur.models.anatomy import Block, Matrix
 from secateur.models.surgery import apply_mask
-from secateur.models.units import Group, Units
+from secateur.models.units import Group, Units, stack_of
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
 from secateur.solvers.retarget import dense_map
@@ -74,7 +74,7 @@ class _Walk:
         """Cut one block's groups and move the calibration data past it."""
         whole = {m.key: m.tensor().clone() for m in block.matrices} if self.reference else {}
         dense_outputs: list[Tensor] | None = None
-        for group in self.units.in_block(block.index):
+        for group in self.units.in_block(block.index, stack_of(block.name)):
             count = self.plan.units[group.key].removed
             if not count:
                 continue

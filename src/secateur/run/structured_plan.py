@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from secateur.allocation.plan import Plan, UnitCut
-from secateur.allocation.structured import solve_share, structured_counts, unit_cost
+from secateur.allocation.structured import largest_share, solve_share, structured_counts
 from secateur.errors import UsageError
 from secateur.evaluation.flops import count_flops
 from secateur.masks.target import Target
+from secateur.models.anatomy import text_config
 from secateur.models.units import Group, Units
 from secateur.run.latency import align_widths, saved_time
 from secateur.run.planning import make_plan
@@ -73,9 +75,11 @@ def structured_plan(session: Session, units: Units) -> Plan:
 
     model = session.loaded.model
     if structure.target_kind == "latency":
+        _refuse_long(session, structure.context)
         with session.timed("latency"):
+            most = largest_share(groups, structure.round_to, structure.at_least, protect)
             time_saved = saved_time(model, groups, structure.context, counts, session.progress)
-            part = solve_share(time_saved, share, steps=6)
+            part = solve_share(time_saved, share, most, steps=6)
         session.notes.append(
             f"latency: {part:.1%} of the units' weights were found to save {share:.0%} of the time "
             f"of reading {structure.context} tokens here"
@@ -111,13 +115,6 @@ def choose_globally(
     taken = {g.key: 0 for g in groups}
     for kind in {g.kind for g in groups}:
         members = [g for g in groups if g.kind == kind]
-        if any(g.even > 1 for g in members):
-            raise UsageError(
-                "heads that must go evenly cannot be ranked over all layers",
-                field="ranking",
-                value="global",
-                fix="gqa: groups, or ranking: local",
-            )
         wanted = round(part * sum(plan.units[g.key].removed for g in members))
         rows = []
         for order, group in enumerate(members):
@@ -133,6 +130,18 @@ def choose_globally(
 
 def _plan(target: Target, cuts: dict[str, UnitCut], provenance: dict[str, object]) -> Plan:
     return Plan(target, {}, {}, provenance, {}, cuts)
+
+
+def _refuse_long(session: Session, context: int) -> None:
+    """Times are measured by running the model, which must have positions for every token."""
+    limit = getattr(text_config(session.loaded.model), "max_position_embeddings", None)
+    if limit and context > limit:
+        raise UsageError(
+            f"the model has {limit} positions, so this cannot be timed",
+            field="context",
+            value=context,
+            fix=f"context: {limit} or less",
+        )
 
 
 def protected_blocks(session: Session, structure: Structure) -> frozenset[int]:
@@ -174,7 +183,8 @@ def _saved(session: Session, units: Units) -> Plan:
     return plan
 
 
-def removed_share(groups: list[Group], plan: Plan) -> float:
-    """The share of the units' weights that the plan removes."""
-    whole = sum(g.n_units * unit_cost(g, "ratio", 1) for g in groups)
-    return sum(plan.units[g.key].removed * g.weights for g in groups) / max(1, whole)
+def share_of_weights(groups: Iterable[Group], removed: Callable[[Group], int]) -> float:
+    """What ``removed`` units of each group are of the weights of all units of ``groups``."""
+    groups = list(groups)
+    whole = sum(g.n_units * g.weights for g in groups)
+    return sum(removed(g) * g.weights for g in groups) / max(1, whole)

@@ -17,7 +17,7 @@ from secateur.models.units import Group, Units
 from secateur.run.breakdown import breakdown
 from secateur.run.folder import RunFolder
 from secateur.run.session import Session
-from secateur.run.structured_plan import removed_share
+from secateur.run.structured_plan import protected_blocks, share_of_weights
 
 _WORDS = {"head": "heads", "kv_group": "key-value groups", "ffn": "channels"}
 
@@ -47,8 +47,6 @@ def assemble_structured(
     source = session.loaded.folder
     pruned_bytes = memory_bytes(model) if folder is None else weight_bytes(folder.path)
     dense_memory = before["parameters"] * next(model.parameters()).element_size()
-    whole = sum(g.weights * g.n_units for g in groups)
-    gone = sum(int(mask.of(g).sum()) * g.weights for g in groups)
     notes = [*session.loaded.notes, *session.notes]
     if form.why:
         notes.append(
@@ -70,8 +68,8 @@ def assemble_structured(
         "modules": [],
         "blocks": [],
         "totals": {
-            "asked": removed_share(groups, plan),
-            "delivered": gone / max(1, whole),
+            "asked": share_of_weights(groups, lambda g: plan.units[g.key].removed),
+            "delivered": share_of_weights(groups, lambda g: int(mask.of(g).sum())),
             "zeros": before["parameters"] - after["parameters"],
             "elements": before["parameters"],
             "pattern": None,
@@ -89,7 +87,7 @@ def assemble_structured(
                 for phase in ("prefill", "decode")
             },
             "context": session.recipe.structure.context,
-            "target": _target(session, before, after, gone / max(1, whole)),
+            "target": _target(session, groups, mask, before, after),
             "form": {
                 "stock": form.stock,
                 "architecture": form.architecture,
@@ -117,12 +115,21 @@ def assemble_structured(
 
 
 def _target(
-    session: Session, before: dict[str, Any], after: dict[str, Any], share: float
+    session: Session,
+    groups: list[Group],
+    mask: StructuredMask,
+    before: dict[str, Any],
+    after: dict[str, Any],
 ) -> dict[str, Any]:
-    """What was asked, counted as it was asked; a time is known only when speed is measured."""
+    """What was asked, counted as it was asked; a time is known only when speed is measured.
+
+    A ratio is one of the blocks that are not protected.
+    """
     kind = session.recipe.structure.target_kind
+    kept = protected_blocks(session, session.recipe.structure)
+    free = [g for g in groups if g.block is None or g.block not in kept]
     delivered = {
-        "ratio": share,
+        "ratio": share_of_weights(free, lambda g: int(mask.of(g).sum())),
         "parameters": 1 - after["parameters"] / before["parameters"],
         "flops": 1 - after["prefill"]["total"] / before["prefill"]["total"],
         "latency": None,
