@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dsa, searched": {"name": "dsa", "search": 30},
 }
 # On SmolLM2 a SparseGPT plan takes minutes, a Wanda plan seconds: only these get both.
-SMOLLM_SPARSEGPT = ("uniform", "owl", "dlp", "als")
+SMOLLM_SPARSEGPT = ("uniform", "owl", "dlp", "als", "incremental", "atp")
 SMOLLM_VARIANTS = ("incremental, linear", "als, blocks only")
 
 

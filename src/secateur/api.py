@@ -160,6 +160,7 @@ def recover(
     masks: Mapping[str, Any] | str | Path | None = None,
     mask_from_zeros: bool = False,
     no_mask: bool = False,
+    adapter: str | Path | None = None,
     method: str = "perp",
     text: Any = "pydoc",
     dense: str | Path | nn.Module | None = None,
@@ -179,7 +180,8 @@ def recover(
             mask file.
         mask_from_zeros: what is zero now must stay zero.
         no_mask: nothing has to (after structured cuts).
-        method: ``perp``, ``full``, ``imp``, ``reconstruct``, or an adapter such as ``mask-lora``.
+        adapter: folder of an adapter of PEFT's: it is merged, and nothing is trained.
+        method: ``perp``, ``full``, ``reconstruct``, or an adapter such as ``mask-lora``.
         text: file, named corpus, texts, or token windows to train on.
         dense: the model it was cut from: compared with, and learnt from by ``reconstruct`` and
             ``distil``.
@@ -217,6 +219,7 @@ def recover(
         masks=Path(masks) if isinstance(masks, str | Path) else masks,
         mask_from_zeros=mask_from_zeros,
         no_mask=no_mask,
+        adapter=None if adapter is None else Path(adapter),
         dense=str(dense) if isinstance(dense, str | Path) else dense,
         evaluation=measured,
         text=None if named else text,

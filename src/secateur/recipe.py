@@ -155,6 +155,10 @@ class Recovery(_Part):
     every: int = Field(
         1, ge=1, description="of mask-lora: its mask takes part in every so many steps only"
     )
+    keep_adapter: bool = Field(
+        False,
+        description="of recover, lora and lora-prune: also write it in PEFT's format, unmerged",
+    )
     samples: int = Field(128, ge=1, description="windows that reconstruct goes round, at most")
     unit: Literal["block", "matrix"] = Field(
         "block", description="what reconstruct trains at a time"

@@ -278,8 +278,8 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_cut(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--with", "imp"], "cut already"),
-        (["-R", "cycles=2"], "cut already"),
+        (["--with", "imp"], "begin with the dense model"),
+        (["-R", "cycles=2"], "begin with the dense model"),
         (["--train", ""], "nothing is to be trained"),
         (["--with", "lora"], "fill the zeros"),
         (["--with", "reconstruct", "--train", "head"], "lies in no block"),

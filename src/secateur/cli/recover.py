@@ -12,6 +12,8 @@ The same command run again after a crash or Ctrl-C goes on with the same losses.
   secateur recover ./sparse-model --mask-from-zeros --train norms,biases --text my.txt --out out
 
   secateur recover small-dense --no-mask --with lora --dense HuggingFaceTB/SmolLM2-360M --out out
+
+  secateur recover demo-50 --adapter ./my-peft-adapter --out merged
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.cli import common
+from secateur.errors import UsageError
 
 NAME = "recover"
 
@@ -53,6 +56,9 @@ def command(
     no_mask: Annotated[
         bool, typer.Option("--no-mask", help="nothing must stay zero (after structured cuts)")
     ] = False,
+    adapter: Annotated[
+        Path | None, typer.Option(help="merge this adapter of PEFT's, and train nothing")
+    ] = None,
     dense: Annotated[
         str | None, typer.Option(help="the model it was cut from; of a run, the recipe's")
     ] = None,
@@ -89,6 +95,13 @@ def command(
             add_biases=add_biases or None,
         ),
     )
+    if adapter is not None and spec.model_fields_set:
+        raise UsageError(
+            "an adapter is merged as it is, and nothing is trained",
+            field=sorted(spec.model_fields_set)[0],
+            value=str(adapter),
+            fix="leave the settings of training out, or --adapter",
+        )
     measured = common.given(text=eval_text, length=eval_length, windows=eval_windows)
     result = recover_model(
         model,
@@ -97,6 +110,7 @@ def command(
         masks=masks,
         mask_from_zeros=mask_from_zeros,
         no_mask=no_mask,
+        adapter=adapter,
         dense=dense,
         evaluation=None if no_eval else build_part(Evaluation, "evaluation", measured),
         device=device or "auto",
@@ -128,6 +142,10 @@ def told(report: dict[str, Any]) -> str:
     """``perplexity 34.4 -> 29.1 (dense 27.0), 0.09 % trained in 12 s``."""
     recovery, quality = report["recovery"], report.get("quality")
     cost = f"{recovery['share']:.3%} of the parameters trained in {recovery['seconds']:.0f} s"
+    if recovery["method"] == "adapter":
+        lost = recovery["lost_on_zeros"]
+        cost = f"an adapter of {recovery['share']:.3%} of the parameters merged"
+        cost += f" ({lost:.0%} of its update lay on zeros and is lost)" if lost else ""
     before = recovery.get("before")
     if not quality or not before:
         return cost

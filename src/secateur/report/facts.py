@@ -86,6 +86,8 @@ def _recovery(result: dict[str, Any]) -> list[Sentence]:
         return []
     what = f"{words.percent(recovery['share'], 3)} of the parameters"
     text = f"Recovery trained {what} in {words.duration(recovery['seconds'])}"
+    if recovery["method"] == "adapter":
+        text = f"An adapter of {what} was merged"
     before, after = recovery.get("before"), result.get("quality")
     if not before or not after:
         return [("plain", f"{text}; what it brought was not measured.")]
@@ -200,12 +202,21 @@ def recovery(result: dict[str, Any]) -> list[tuple[str, str]]:
             plain(adapter.get("kind")) + f", rank {adapter.get('rank')}" if adapter else "",
         ),
         ("steps", plain(record.get("steps"))),
-        ("rate", f"{words.figure(record.get('lr'))}, {record.get('schedule')}"),
-        ("tokens seen", words.count(record.get("tokens"))),
+        (
+            "rate",
+            f"{words.figure(record['lr'])}, {record.get('schedule')}" if record.get("lr") else "",
+        ),
+        ("tokens seen", words.count(record["tokens"]) if record.get("tokens") else ""),
         ("time", words.duration(record.get("seconds"))),
         (
             "first and last loss",
-            f"{words.figure(record.get('first_loss'))} → {words.figure(record.get('last_loss'))}",
+            ""
+            if record.get("first_loss") is None
+            else f"{words.figure(record['first_loss'])} → {words.figure(record['last_loss'])}",
+        ),
+        (
+            "of its update lost on zeros",
+            words.percent(record["lost_on_zeros"], 0) if record.get("lost_on_zeros") else "",
         ),
         ("text", plain(((record.get("text") or {}).get("text") or {}).get("name"))),
         ("zeros before and after", words.count(record.get("zeros"))),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.errors import UsageError
 from secateur.methods.structured_base import StructuredMethod
 from secateur.models.names import CheckpointMap
 from secateur.models.saving import block_state, cast, outside_state
@@ -37,6 +38,13 @@ def recoverer_of(session: Session, text: Any = None, *, owned: bool = True) -> R
     recipe = session.recipe
     if recipe.recovery is None:
         return None
+    if recipe.recovery.keep_adapter:
+        raise UsageError(
+            "the cut model without the adapter is not kept in such a run, so nothing could carry it",
+            field="recovery.keep_adapter",
+            value=True,
+            fix="prune without a recovery, then secateur recover RUN -R keep_adapter=true",
+        )
     recoverer = Recoverer.of(
         recipe.recovery,
         session.loaded,

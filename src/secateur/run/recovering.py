@@ -32,6 +32,7 @@ from secateur.models.structured_saving import save_words
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Evaluation, Recovery
 from secateur.run.folder import RunFolder, writable
+from secateur.run.merging import Merger
 from secateur.run.ranks import Ranks
 from secateur.run.recovered import drop_checkpoints
 from secateur.run.recovery import Recoverer, dense_again, dense_copy, restructure
@@ -53,6 +54,7 @@ def recover_model(
     masks: Mapping[str, Tensor] | Path | None = None,
     mask_from_zeros: bool = False,
     no_mask: bool = False,
+    adapter: Path | None = None,
     dense: str | nn.Module | None = None,
     evaluation: Evaluation | None = None,
     text: Any = None,
@@ -72,6 +74,7 @@ def recover_model(
         masks: of the model, or their file; instead of the run's own.
         mask_from_zeros: what is zero now is what must stay zero.
         no_mask: nothing has to stay zero (a model cut structurally, or dense).
+        adapter: folder of an adapter of PEFT's, which is merged instead of training anything.
         dense: the model it was cut from; of a run its recipe's model. Used for the comparison,
             and by recoveries that learn from it.
         evaluation: what quality is measured on; None measures none.
@@ -89,23 +92,24 @@ def recover_model(
         )
     if out is not None:
         writable(out)
-    if spec.rounds > 1:
-        raise UsageError(
-            "cycles prune between their trainings, and this model is cut already",
-            field="recovery.cycles",
-            value=spec.rounds,
-            fix="secateur prune MODEL --recover imp; or here --with full, without cycles",
-        )
     ranks = Ranks.from_environment(device)
     loaded, view, run = _opened(source, device, dtype, trust_remote_code, progress)
     kept = _masks(view, run, masks, mask_from_zeros, no_mask)
     before = check_masks(view, kept)
-    recoverer = Recoverer.of(spec, loaded, view, masked=before > 0, text=text, progress=progress)
+    recoverer: Recoverer | Merger
+    if adapter is not None:
+        recoverer = Merger.of(adapter, loaded, view, kept)
+    else:
+        recoverer = Recoverer.of(
+            spec, loaded, view, masked=before > 0, text=text, progress=progress
+        )
+        recoverer.keep = _kept_adapter(spec, out)
+        recoverer.base = source if isinstance(source, str) else loaded.name
     named = dense is not None
     if dense is None and run is not None:
         dense = str(run.get("recipe", {}).get("model", "")) or None
     recoverer.teacher = _teacher(dense, loaded, trust_remote_code)
-    if recoverer.needs_teacher:
+    if isinstance(recoverer, Recoverer) and recoverer.needs_teacher:
         recoverer.known_teacher()
     windows = _windows(evaluation, loaded)
     reference = None
@@ -123,6 +127,7 @@ def recover_model(
                 "threads": torch.get_num_threads(),
                 "ranks": ranks.world,
                 **{f"recovery.{k}": v for k, v in spec.model_dump(mode="json").items()},
+                **({"adapter": recoverer.identity} if isinstance(recoverer, Merger) else {}),
             }
             if ranks.leads:
                 folder = stack.enter_context(RunFolder(out, mark, fresh=fresh))
@@ -283,7 +288,19 @@ def _windows(evaluation: Evaluation | None, loaded: Loaded) -> Windows | None:
     )
 
 
-def _reference(recoverer: Recoverer, progress: Progress, *, needed: bool) -> Any:
+def _kept_adapter(spec: Recovery, out: Path | None) -> Path | None:
+    """Where the unmerged adapter goes."""
+    if spec.keep_adapter and out is None:
+        raise UsageError(
+            "an adapter is kept in a folder",
+            field="recovery.keep_adapter",
+            value=True,
+            fix="give the folder: out",
+        )
+    return out / "adapter" if out is not None and spec.keep_adapter else None
+
+
+def _reference(recoverer: Recoverer | Merger, progress: Progress, *, needed: bool) -> Any:
     """The dense model to compare with; None when it is not known or, unless ``needed``, not there."""
     if recoverer.teacher is None:
         return None
@@ -329,7 +346,7 @@ def _logits(model: Any) -> Any:
 
 
 def _recovered(
-    recoverer: Recoverer,
+    recoverer: Recoverer | Merger,
     view: ModelView,
     masks: Mapping[str, Tensor],
     folder: RunFolder | None,

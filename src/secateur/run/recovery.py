@@ -40,6 +40,8 @@ class Recoverer:
 
     Attributes:
         train: what is trained, the default resolved.
+        keep: where the adapter is written in PEFT's format before it is merged; None: nowhere.
+        base: what it says it belongs to.
         structured: what ``structure`` changed, once it did.
         data, held: windows to train on, and to stop early by.
         teacher: makes the dense model; None where it is not to be had.
@@ -55,6 +57,8 @@ class Recoverer:
     teacher: Callable[[], nn.Module] | None
     progress: Progress = SILENT
     structured: dict[str, Any] | None = None
+    keep: Path | None = None
+    base: str = ""
 
     @classmethod
     def of(
@@ -83,6 +87,13 @@ class Recoverer:
         train = _train(spec, view)
         subsets, kind = parts(train)
         _refuse_contradictions(spec, train)
+        if spec.keep_adapter and train not in (("lora",), ("lora-prune",)):
+            raise UsageError(
+                "PEFT knows a plain LoRA and nothing beside it",
+                field="recovery.keep_adapter",
+                value=list(train),
+                fix="train lora or lora-prune alone; or leave keep_adapter out, for merged weights",
+            )
         refuse_filling(kind, masked)
         if kind is not None:
             targeted(view, AdapterOptions.of(kind, _adapter(spec)).targets)
@@ -142,12 +153,14 @@ class Recoverer:
             teacher=None if teacher is None else lambda: teacher,
             checkpointing=spec.checkpointing,
             folder=folder,
+            keep=self.keep,
+            base=self.base,
             identity=own,
             progress=self.progress,
         )
         name = "perp" if spec.method in KINDS else spec.method
         record = recoveries[name](task)
-        _round(self.view.model, self.loaded.stored)
+        round_to_stored(self.view.model, self.loaded.stored)
         # Reconstruct goes round fewer windows, in every block.
         windows = int(record.get("windows", len(self.data)))
         passes = record.get("steps", self.settings.steps) * self.settings.batch / max(1, windows)
@@ -302,7 +315,7 @@ def _set_aside(data: Windows) -> tuple[Windows, Windows]:
 
 
 @torch.no_grad()
-def _round(model: nn.Module, stored: torch.dtype | None) -> None:
+def round_to_stored(model: nn.Module, stored: torch.dtype | None) -> None:
     """To the type it will be written in, so that what is measured is what is saved."""
     if stored is not None:
         for parameter in model.parameters():

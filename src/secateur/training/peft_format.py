@@ -246,6 +246,21 @@ def import_peft(view: ModelView, masks: Mapping[str, Tensor], folder: Path) -> A
     return joined
 
 
+@torch.no_grad()
+def lost_on_zeros(adapters: Adapters) -> float:
+    """How much of the adapters' update lies on weights that are gone, and is lost when merged.
+
+    The share of its Frobenius norm, in [0, 1]; 0 without masks.
+    """
+    lost = whole = 0.0
+    for module in adapters.modules.values():
+        update = (module.scale * (module.lora_b @ module.lora_a)).double().square()
+        whole += float(update.sum())
+        if module.keep is not None:
+            lost += float(update.masked_fill_(module.keep.bool(), 0).sum())
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
 def _options(adapter: PeftAdapter, name: str, kind: Any) -> AdapterOptions:
     rank = adapter.pairs[name][0].shape[0]
     return AdapterOptions(kind, rank, adapter.scales[name] * rank)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from secateur.data.windows import Windows
@@ -28,6 +29,7 @@ from secateur.training.adapters import AdapterOptions, Adapters
 from secateur.training.loop import Fitted, Hook, Loss, fit, next_token_loss, trainable
 from secateur.training.low_rank import KINDS
 from secateur.training.masked import KeepZeros, check_masks, prove_zeros
+from secateur.training.peft_format import export_peft
 from secateur.training.settings import TrainSettings
 from secateur.training.subsets import SUBSETS, Chosen, choose
 
@@ -95,6 +97,8 @@ def perp(
     validate: Any = None,
     checkpointing: bool = False,
     folder: Path | None = None,
+    keep: Path | None = None,
+    base: str = "",
     identity: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -107,6 +111,7 @@ def perp(
         adapter: ``rank``, ``alpha``, ``init``, ``dropout``, ``targets``, ``every``, ``seed``.
         checkpointing: compute activations again in backward instead of keeping them.
         folder: for the checkpoint; the same call goes on from there.
+        keep: where the adapter is written in PEFT's format, for the model ``base``, unmerged.
 
     Returns:
         The training's record, with ``train``, ``share`` trained and ``zeros``.
@@ -131,6 +136,8 @@ def perp(
         )  # fmt: skip
         started = time.perf_counter()
         if adapters is not None:
+            if keep is not None and not (dist.is_initialized() and dist.get_rank()):
+                export_peft(adapters, keep, base)
             adapters.merge()
         chosen.finish()
         merging = time.perf_counter() - started

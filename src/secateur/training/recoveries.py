@@ -30,6 +30,7 @@ class Task:
         reconstruction: ``samples``, ``unit`` and ``stream`` of reconstruct.
         teacher: the dense model, for those who learn from it (loaded only if asked for).
         folder: for checkpoints; the same task there goes on where it stopped.
+        keep: where the adapter is written in PEFT's format, for ``base``, before it is merged.
         identity: what else a checkpoint has to agree on.
     """
 
@@ -45,6 +46,8 @@ class Task:
     teacher: Callable[[], nn.Module] | None = None
     checkpointing: bool = False
     folder: Path | None = None
+    keep: Path | None = None
+    base: str = ""
     identity: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = SILENT
 
@@ -67,6 +70,8 @@ def retrain(task: Task) -> dict[str, Any]:
         validate=task.validate,
         checkpointing=task.checkpointing,
         folder=task.folder,
+        keep=task.keep,
+        base=task.base,
         identity=task.identity,
         progress=task.progress,
     )
