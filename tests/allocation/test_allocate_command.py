@@ -77,7 +77,27 @@ def test_a_run_follows_the_plan_and_draws_it(plan, tmp_path, capsys):
         (["make", "tiny", "-a", "als", "-A", "wide=1", "-o", "p.json"], "no such option"),
         (["make", "tiny", "-a", "als", "-A", "min_sparsity=0.9", "-o", "p.json"], "cannot be met"),
         (["make", "tiny", "-s", "1.5", "-o", "p.json"], "[0, 1)"),
-        (["show", "absent.json"], "not a plan"),
+        (["show", "absent.json"], "not a plan: No such file"),
+        (["search", "tiny", "--workers", "0", "-o", "s"], "workers=0"),
+        (["search", "tiny", "--executor", "threads", "-o", "s"], "executor='threads'"),
+        (["search", "tiny", "-A", "lam=0.075", "-o", "s"], "whole hundredths"),
+        (
+            [
+                "search",
+                "tiny",
+                "--search-text",
+                "pydoc:test",
+                "--eval-text",
+                "pydoc:test",
+                "--search-samples",
+                "4",
+                "--eval-windows",
+                "1",
+                "-o",
+                "s",
+            ],
+            "the very text",
+        ),
         (["compare", "tiny", "-a", "absent.json"], "not a plan"),
     ],
 )
@@ -91,12 +111,33 @@ def test_bad_input_is_told_and_writes_nothing(words, message, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_compare_takes_all_that_need_no_search_and_tells_their_warnings(capsys):
+    words = ["allocate", "compare", "tiny", "-m", "magnitude", "-s", "0.7", *SMALL, "--json"]
+    assert main(words) == 0
+    plans = told(capsys)["plans"]
+    assert {"dsa", "owl", "dlp", "als", "global", "lamp", "uniform"} <= set(plans)
+    assert "atp" not in plans
+    for name in ("er", "lamp", "global"):
+        assert any("collapse" in note for note in plans[name]["provenance"]["notes"])
+
+
+def test_a_run_refused_at_its_start_does_not_occupy_its_folder(plan, tmp_path, capsys):
+    words = ["prune", "tiny", "-m", "magnitude", "-a", str(plan), "--no-eval", "--no-speed"]
+    words += ["--out", str(tmp_path / "run")]
+    assert main([*words, "-s", "0.7"]) == 2
+    assert "the plan was made for 0.6" in capsys.readouterr().err
+    assert main([*words, "-s", "0.6"]) == 0
+    assert main([*words, "-s", "0.7"]) == 2
+    assert "the folder holds" in capsys.readouterr().err
+
+
 def test_the_allocators_are_listed(capsys):
     assert main(["allocators", "--json"]) == 0
     rows = {row["name"]: row for row in told(capsys)["allocators"]}
     assert {"uniform", "als", "alphapruning", "incremental", "lamp", "er", "global"} <= set(rows)
     assert rows["als"]["needs"] == ["token sample", "weights"]
     assert rows["uniform"]["needs"] == []
+    assert rows["lamp"]["needs"] == ["weights"]
     assert main(["allocators"]) == 0
     assert "min_sparsity" in capsys.readouterr().out
 

@@ -205,6 +205,24 @@ def test_a_pattern_is_edited_by_hand(tmp_path):
         Plan.load(path)
 
 
+def test_an_edited_plan_that_misses_its_target_says_so(tmp_path):
+    model = tiny_model("llama")
+    path = tmp_path / "plan.json"
+    record = secateur.allocate(model, allocation="incremental", sparsity=0.5).record()
+    next(iter(record["modules"].values()))["removed"] = 0
+    path.write_text(json.dumps(record))
+    result = secateur.prune(model, tiny_tokenizer(), allocation=str(path), **SETTINGS)
+    assert any("edited by hand" in note for note in result.report["notes"])
+
+
+@pytest.mark.parametrize("removed", [1.5, "2", None, True])
+def test_what_is_removed_is_a_whole_number(removed):
+    record = Plan(Target(0.5), {"a": (2, 2)}, {"a": 2}).record()
+    record["modules"]["a"]["removed"] = removed
+    with pytest.raises(UsageError, match="'a': what is removed is a whole number"):
+        Plan.of_record(record)
+
+
 def test_units_are_checked():
     record = Plan(
         Target(0.5), {"a": (2, 2)}, {"a": 2}, units={"b:heads": UnitCut(4, 2, 1)}

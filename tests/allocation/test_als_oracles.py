@@ -277,7 +277,19 @@ def test_patterns_mix_their_n():
     assert plan.removed == plan.elements // 2
     narrow = problem(sparsity="2:4")
     assert set(ALS(components=False).plan(narrow).patterns.values()) == {(2, 4)}
-    assert "less than half a step" in narrow.notes[0]
+    assert "no other N:4" in narrow.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "width", "components"),
+    [("2:4", 0.15, True), ("2:4", 0.25, False), ("4:8", 0.1, False), ("4:8", 0.1, True)],
+)
+def test_the_note_on_patterns_is_there_exactly_when_nothing_can_differ(sparsity, width, components):
+    given = problem(sparsity=sparsity)
+    plan = ALS(components=components, width=width).plan(given)
+    own = (given.target.keep, given.target.group)
+    differs = set(plan.patterns.values()) != {own}
+    assert any("no other N" in note for note in given.notes) != differs
 
 
 # -- bad input -------------------------------------------------------------------------------------

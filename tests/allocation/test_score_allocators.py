@@ -198,6 +198,19 @@ def test_one_block_takes_the_whole_target(name):
     assert max(plan.ratios.values()) - min(plan.ratios.values()) < 0.01
 
 
+def test_zeros_that_alone_decide_a_geometric_mean_are_told():
+    blocks = model()
+    for dead in ((), (2,), range(5)):
+        for b in dead:
+            blocks[b][f"layers.{b}.m0"][0][0, 0] = 0
+        problem = problem_for(dsa(), blocks)
+        dsa().plan(problem)
+        assert any("1 of 5 blocks (the first: 2)" in n for n in problem.notes) == (dead == (2,))
+        other = problem_for(dsa(preset="owl"), blocks)
+        dsa(preset="owl").plan(other)
+        assert other.notes == []
+
+
 def test_a_found_function_is_used_by_path(tmp_path):
     path = tmp_path / "found.json"
     save_preset(path, Expression.parse("W:(TANH)-(STD)-(SIN)-(4)"), "magnitude", {})

@@ -29,6 +29,15 @@ def test_the_same_run_at_another_place_is_found():
     assert shared_runs(one, other) == 0
 
 
+def test_windows_of_one_text_are_refused_even_where_they_are_disjoint():
+    text = {"text": {"name": "notes.txt", "split": "all"}}
+    one, other = (Windows(windows(seed).ids, None, text) for seed in (0, 1))
+    with pytest.raises(UsageError, match="the very text"):
+        refuse_overlap(one, other)
+    part = Windows(other.ids, None, {"text": {"name": "notes.txt", "split": "test"}})
+    refuse_overlap(one, part)
+
+
 def test_short_windows_are_compared_whole():
     one = windows(0, 4, 16)
     assert shared_runs(one, Windows(one.ids[1:2].clone())) == 1

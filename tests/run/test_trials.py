@@ -208,7 +208,7 @@ def test_text_of_the_evaluation_is_refused():
     session = session_of(
         evaluation=text | {"windows": None}, search={"samples": 4, "text": "pydoc:test"}
     )
-    with pytest.raises(UsageError, match="share") as caught:
+    with pytest.raises(UsageError, match="the very text") as caught:
         search_windows(session)
     assert caught.value.field == "search.text"
     default = session_of(evaluation=text)  # the packaged corpus: train against test

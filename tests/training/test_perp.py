@@ -256,6 +256,36 @@ def test_bias_of_one_linear_reaches_its_closed_form():
     assert torch.allclose(model.layer.bias, expected, atol=1e-3)
 
 
+def test_scales_of_the_rows_of_one_linear_reach_their_closed_form():
+    """s_j = <y_j - b_j, (W x)_j> / ||(W x)_j||^2, each row by itself (spec oracle)."""
+    from types import SimpleNamespace
+
+    from secateur.models.matrix import Matrix
+    from secateur.training.subsets import choose
+
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 6, generator=generator)
+    weight = torch.randn(5, 6, generator=generator)
+    weight *= torch.rand(5, 6, generator=generator) < 0.7
+    bias = torch.randn(5, generator=generator)
+    y = torch.randn(64, 5, generator=generator) + x @ weight.T * 1.7
+    model = Linear(weight.clone(), bias.clone())
+    view = SimpleNamespace(model=model, matrices=lambda: [Matrix("layer", model.layer)])
+    chosen = choose(view, ["rescale"])
+    assert chosen.trained == 5
+
+    def squares(model, batch):
+        return (model.layer(x) - y).square().mean()
+
+    fit(model, windows(), TrainSettings(steps=400, lr=0.1, schedule="cosine"), loss=squares)
+    chosen.finish()
+    plain = x @ weight.T
+    best = ((y - bias) * plain).sum(0) / plain.square().sum(0)
+    assert torch.allclose(model.layer.weight, weight * best[:, None], atol=1e-3)
+    assert torch.equal(model.layer.bias, bias)
+    assert ((model.layer.weight == 0) == (weight == 0)).all()
+
+
 # -- distillation, cycles ------------------------------------------------------------------------
 
 

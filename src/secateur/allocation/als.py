@@ -9,7 +9,12 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from secateur.allocation.base import Allocator, Problem, refuse_target_outside
+from secateur.allocation.base import (
+    Allocator,
+    Problem,
+    pattern_limits,
+    refuse_target_outside,
+)
 from secateur.allocation.projection import refuse_infeasible
 from secateur.errors import UsageError
 from secateur.evidence.readings import Reading
@@ -180,11 +185,14 @@ class ALS(Allocator):
     def wishes(self, problem: Problem) -> dict[str, float]:
         """Both stages; each block's parameters are met exactly by its matrices."""
         blocks = self._between(problem)
-        if problem.target.group is not None and self.width * problem.target.group < 0.5:
-            problem.notes.append(
-                f"bounds of +-{self.width:g} are less than half a step of "
-                f"1/{problem.target.group}, so blocks keep the target's own N:M; widen 'width'"
-            )
+        target = problem.target
+        if target.keep is not None and target.group is not None:
+            own = target.group - target.keep
+            if pattern_limits(own, target.group, self.bounds(problem)) == (own, own):
+                problem.notes.append(
+                    f"no other N:{target.group} lies within the bounds, so all matrices keep the "
+                    f"target's own; a 'width' of {1 / target.group:g} or more reaches the next"
+                )
         if not self.components:
             return problem.by_block(blocks)
         low, high = self.bounds(problem)

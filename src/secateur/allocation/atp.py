@@ -49,7 +49,7 @@ class ATP(Allocator):
 
     name = "atp"
     summary = "an arithmetic progression over depth, its slope searched"
-    paper = "Huang et al. 2025, ATP, ICML 2025"
+    paper = "Huang et al. 2025, arXiv:2502.14770"
     searches = True
 
     beta: float | None = None
@@ -61,6 +61,11 @@ class ATP(Allocator):
             raise UsageError("must be positive", field="step", value=self.step)
         if self.most < 1:
             raise UsageError("must be at least 1", field="most", value=self.most)
+
+    @property
+    def tries(self) -> bool:
+        """See ``Allocator.tries``."""
+        return self.beta is None
 
     def wishes(self, problem: Problem) -> dict[str, float]:
         """See ``Allocator.wishes``: of the given slope; a search goes through ``plan``."""

@@ -114,10 +114,12 @@ class Allocator(ABC):
     paper: ClassVar[str] = ""
     mode: ClassVar[Mode] = "shift"
     """How wishes are moved to the budget; see ``projection.project``."""
+    ranks_weights: ClassVar[bool] = False
+    """Streams the weights themselves, beside or instead of readings."""
     ranks_scores: ClassVar[bool] = False
     """Needs the scores of the run's own method."""
     searches: ClassVar[bool] = False
-    """Tries plans on the model: ``problem.trial`` is there."""
+    """Can try plans on the model: ``problem.trial`` is there."""
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)
 
     min_sparsity: float | None = field(default=None, kw_only=True)
@@ -126,6 +128,11 @@ class Allocator(ABC):
     def readings(self) -> tuple[Reading, ...]:
         """What is to be read off every block of the dense model."""
         return ()
+
+    @property
+    def tries(self) -> bool:
+        """Whether, with these options, it tries plans on the model."""
+        return self.searches
 
     @abstractmethod
     def wishes(self, problem: Problem) -> dict[str, float]:
@@ -239,12 +246,25 @@ def make_plan_of(
     plan = plan_of_ratios(
         problem.target, problem.shapes, dict(zip(names, ratios, strict=True)), bounds
     )
-    provenance = {
+    return replace(plan, provenance=told_of(allocator, problem, bounds))
+
+
+def told_of(allocator: Allocator, problem: Problem, bounds: tuple[float, float]) -> dict[str, Any]:
+    """What a plan says of its making: allocator, options, bounds, and the problem's notes."""
+    return {
         **allocator.provenance(),
-        "bounds": [low, high],
+        "bounds": list(bounds),
         **({"notes": list(problem.notes)} if problem.notes else {}),
     }
-    return replace(plan, provenance=provenance)
+
+
+def pattern_limits(common: int, group: int, bounds: tuple[float, float]) -> tuple[int, int]:
+    """Fewest and most of every ``group`` weights that may go within the bounds of a ratio.
+
+    Bounds between two steps of 1 / group still leave ``common``, the target's own.
+    """
+    fewest = min(common, max(0, math.ceil(bounds[0] * group - 1e-9)))
+    return fewest, max(common, min(group - 1, math.floor(bounds[1] * group + 1e-9)))
 
 
 def plan_of_ratios(
@@ -273,9 +293,7 @@ def plan_of_ratios(
                 value=str(target),
                 fix=f"exclude '{name}', or choose a group size that divides {shapes[name][1]}",
             )
-    # Bounds between two steps of 1/M still leave the target's own N.
-    fewest = min(common, max(0, math.ceil(bounds[0] * group - 1e-9)))
-    most = max(common, min(group - 1, math.floor(bounds[1] * group + 1e-9)))
+    fewest, most = pattern_limits(common, group, bounds)
     steps = round_to_units(
         wished,
         [size // group for size in sizes],

@@ -26,13 +26,14 @@ class DLP(Allocator):
 
     Attributes:
         alpha: half the range of the ratios (0.15).
-        average: of a block's scores: ``mean`` (exact) or ``median`` (from the histogram).
+        average: of a block's scores: ``mean`` (exact), or the published ``median`` (from the
+            histogram).
         scores: ``wanda``, or ``magnitude``, which needs no data.
     """
 
     name = "dlp"
     summary = "blocks whose scores are large beside the others' give more"
-    paper = "Chen et al. 2025, DLP, ICML 2025"
+    paper = "Chen et al. 2025, arXiv:2505.23807"
 
     alpha: float = 0.15
     average: Literal["mean", "median"] = "mean"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from secateur.allocation.base import Allocator, Problem
+from secateur.allocation.base import Allocator, Problem, told_of
 from secateur.allocation.erdos_renyi import warn
 from secateur.allocation.plan import Plan
 from secateur.errors import UsageError
@@ -88,4 +88,5 @@ class Global(Allocator):
         """The ranking's own counts where they may stand; else moved into bounds or N:M."""
         if problem.target.is_pattern or self.bounds(problem) != (0.0, 1.0):
             return super().plan(problem)
-        return replace(self._ranked(problem), provenance=self.provenance())
+        plan = self._ranked(problem)
+        return replace(plan, provenance=told_of(self, problem, (0.0, 1.0)))

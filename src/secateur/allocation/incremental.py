@@ -60,7 +60,7 @@ def schedule(
 class Incremental(Allocator):
     """Shallow blocks give less, because every error they make is carried through all others.
 
-    Ling, Wang, Liu, "SlimGPT: Layer-wise Structured Pruning for Large Language Models",
+    Ling et al., "SlimGPT: Layer-wise Structured Pruning for Large Language Models",
     NeurIPS 2024, equation 6. The paper prints neither end of the schedule; its release uses
     r_0 = 0.0625 and r_31 = 0.25 for a mean of 0.2.
 

@@ -38,6 +38,7 @@ class LAMP(Allocator):
     name = "lamp"
     summary = "global ranking of w^2 over the sum of all larger w^2; weights alone"
     paper = "Lee et al. 2021, arXiv:2010.07611"
+    ranks_weights = True
 
     def bounds(self, problem: Problem) -> tuple[float, float]:
         """Whatever the ranking says, unless bounds were given."""

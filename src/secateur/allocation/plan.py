@@ -17,6 +17,8 @@ from typing import Any
 from secateur.errors import UsageError
 from secateur.masks.target import Cut, Scope, Target, spread
 
+MAKE = "write one with 'secateur allocate make MODEL --allocation NAME --out plan.json'"
+
 
 @dataclass(frozen=True)
 class UnitCut:
@@ -121,17 +123,16 @@ class Plan:
             modules = record["modules"]
             target = Target.parse(record["target"])
             shapes = {n: (int(m["shape"][0]), int(m["shape"][1])) for n, m in modules.items()}
-            counts = {n: int(m["removed"]) for n, m in modules.items()}
+            counts = {n: _whole(n, m["removed"]) for n, m in modules.items()}
             patterns = {n: _pattern(n, m["pattern"]) for n, m in modules.items() if "pattern" in m}
             units = {
-                n: UnitCut(int(u["of"]), int(u["removed"]), int(u["weights"]))
+                n: UnitCut(int(u["of"]), _whole(n, u["removed"]), int(u["weights"]))
                 for n, u in record.get("units", {}).items()
             }
             provenance = dict(record.get("provenance", {}))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise UsageError(
-                f"not a plan: {error}", field="allocation", fix="see 'secateur allocate make'"
-            ) from None
+            why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise UsageError(f"not a plan: {why}", field="allocation", fix=MAKE) from None
         for name, (keep, group) in patterns.items():
             cut = Cut.of(shapes[name], Target(1 - keep / group, keep, group), Scope("row"), name)
             counts[name] = cut.count  # of the two, the pattern is what a person edits
@@ -149,16 +150,23 @@ class Plan:
             UsageError: not a plan, or a count outside its matrix.
         """
         try:
-            plan = cls.of_record(json.loads(path.read_text("utf-8")))
+            record = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
             raise UsageError(
-                f"not a plan: {error}",
-                field="allocation",
-                value=str(path),
-                fix="see 'secateur plan'",
+                f"not a plan: {why}", field="allocation", value=str(path), fix=MAKE
             ) from None
+        plan = cls.of_record(record)
         provenance = {"allocator": "file", "file": path.name, "made_by": plan.provenance}
         return cls(plan.target, plan.shapes, plan.counts, provenance, plan.patterns, plan.units)
+
+
+def _whole(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(
+            f"'{name}': what is removed is a whole number", field="removed", value=value
+        )
+    return value
 
 
 def _pattern(name: str, text: object) -> tuple[int, int]:

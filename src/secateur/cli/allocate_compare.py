@@ -52,7 +52,7 @@ def command(
     from secateur.recipe import Recipe
     from secateur.run.allocating import compare_allocators
 
-    names = allocation or [n for n in allocators if not allocators[n].searches]
+    names = allocation or [n for n in allocators if not allocators[n].with_options({}).tries]
     recipe = Recipe.build(
         {
             **common.given(

@@ -72,7 +72,7 @@ def allocators_command(as_json: common.Json = False) -> None:
     for name in allocators:
         kind = allocators[name]
         readings = kind.with_options({}).readings()
-        needs = {"weights"} if readings else set()
+        needs = {"weights"} if readings or kind.ranks_weights else set()
         needs |= {"input norms" for r in readings if r.inputs}
         needs |= {"token sample" for r in readings if r.sample}
         needs |= {"the method's scores"} if kind.ranks_scores else set()

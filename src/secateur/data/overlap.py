@@ -24,8 +24,17 @@ def refuse_overlap(search: Windows, evaluation: Windows) -> None:
     """Stop when what is searched on is part of what is measured on.
 
     Raises:
-        UsageError: the windows share a run of tokens.
+        UsageError: both are windows of one text (disjoint only until more of it is measured
+            on), or they share a run of tokens.
     """
+    text = search.record.get("text")
+    if text is not None and text == evaluation.record.get("text"):
+        raise UsageError(
+            "the search would try plans on the very text that quality is measured on",
+            field="search.text",
+            value=text["name"],
+            fix="search on another text, or another part of it (a corpus: NAME:train)",
+        )
     if shared := shared_runs(search, evaluation):
         raise UsageError(
             f"the search's text and the evaluation's share {shared} runs of tokens, "

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from secateur.errors import MissingExtra, UsageError, VerificationError
+from secateur.errors import MissingExtra, SecateurError, UsageError, VerificationError
 from secateur.export.bitmask import FILE_NAME, load_bitmask
-from secateur.models.loading import DTYPES
+from secateur.models.loading import DTYPES, is_causal
 from secateur.models.structured_saving import (
     load_structured,
     read_manifest,
@@ -25,7 +25,7 @@ def load_pruned(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """A ready transformers model from a pruned folder: a causal LM, or what was cut by structure.
+    """A ready transformers model from a folder, of the class its config names.
 
     Args:
         path: a folder of ``save_pretrained``'s layout, or one with a bitmask container (its
@@ -51,6 +51,10 @@ def load_pruned(
     manifest = read_manifest(path)
     if manifest is not None and not manifest["stock"]:
         kind_ = None if dtype == "auto" else dtype
+        if isinstance(kind_, str) and kind_ not in DTYPES:
+            raise UsageError(
+                "unknown", field="dtype", value=kind_, fix=f"auto or one of {', '.join(DTYPES)}"
+            )
         for name in sorted(set(kwargs) - {"attn_implementation", "trust_remote_code"}):
             raise UsageError(
                 "is for stock checkpoints; this one is built from its manifest",
@@ -66,15 +70,22 @@ def load_pruned(
             attn_implementation=kwargs.get("attn_implementation"),
         )
     if not (path / FILE_NAME).is_file():
-        stock: Any = auto if manifest is None else _class_of(path, auto)
-        model, info = stock.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **kwargs,
-        )
+        stock: Any = _class_of(path, auto)
+        try:
+            model, info = stock.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except (ValueError, OSError, RuntimeError) as error:  # each class refuses in its own way
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise SecateurError(
+                f"transformers cannot open '{path}' ({reason[:200]})",
+                fix="check that config.json and the weights belong together",
+            ) from error
         _refuse_gaps(path, info)
         if manifest is not None:
             restore_structure(model, manifest, path)
@@ -95,11 +106,11 @@ def load_pruned(
 
 
 def _class_of(path: Path, usual: Any) -> Any:
-    """The transformers class a structurally pruned folder names: it need not be a causal LM."""
+    """The transformers class a folder names, where it is no causal language model."""
     import transformers
 
     names = json.loads((path / "config.json").read_text("utf-8")).get("architectures") or [""]
-    return getattr(transformers, names[0], usual)
+    return usual if is_causal(names[0]) else getattr(transformers, names[0], usual)
 
 
 def _stored_type(weights: dict[str, torch.Tensor]) -> torch.dtype:

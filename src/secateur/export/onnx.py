@@ -1,12 +1,15 @@
-"""ONNX of a dense or pruned causal language model, checked with onnxruntime.
+"""ONNX of a dense or pruned transformer, checked with onnxruntime.
 
-The graph maps token ids to logits; batch and length are free, there is no key-value cache.
-Attention is written out (``eager``), which every runtime understands.
+The graph maps token ids to logits (an encoder without a head: to its last hidden states);
+batch and length are free, there is no key-value cache. Encoders take an attention mask too,
+encoder-decoders also the ids the decoder is fed. Attention is written out (``eager``), which
+every runtime understands.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import shutil
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from secateur.errors import MissingExtra, SecateurError, UsageError, VerificationError
 from secateur.export.loading import load_pruned
 from secateur.files import told_plainly
+from secateur.models.loading import is_causal
 from secateur.models.state import quiet
 from secateur.progress import SILENT, Progress
 
@@ -29,16 +33,44 @@ TOLERANCE = 1e-3
 _SHAPES = ((2, 12), (1, 7), (3, 20))
 
 
-class _Logits(nn.Module):
-    """Token ids (B, L) -> logits (B, L, V), and nothing else."""
+class _Graph(nn.Module):
+    """Token ids (B, L), and what else the kind of model takes -> one tensor, and nothing else."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.extra: dict[str, Any] = {}
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            self.extra["use_cache"] = False
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+    ) -> Tensor:
+        given = dict(self.extra)
+        if attention_mask is not None:
+            given["attention_mask"] = attention_mask
+        if decoder_input_ids is not None:
+            given["decoder_input_ids"] = decoder_input_ids
+        output = self.model(input_ids=input_ids, **given)
+        found: Tensor = output.logits if "logits" in output else output.last_hidden_state
+        return found
+
+
+def _inputs(model: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Inputs of the graph by name, for ``shape`` (B, L): drawn ids, the last token as padding."""
+    ids = _ids(model, shape)
+    paired = bool(getattr(model.config, "is_encoder_decoder", False))
+    if not paired and is_causal(type(model).__name__):
+        return {"input_ids": ids}
+    mask = torch.ones_like(ids)
+    mask[:, -1] = 0
+    if not paired:
+        return {"input_ids": ids, "attention_mask": mask}
+    fed = _ids(model, (shape[0], shape[1] // 2 + 1))
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": fed}
 
 
 def export_onnx(folder: Path | str, out: Path | str, progress: Progress = SILENT) -> dict[str, Any]:
@@ -62,16 +94,16 @@ def export_onnx(folder: Path | str, out: Path | str, progress: Progress = SILENT
         raise UsageError("a folder is in the way", field="out", value=str(out), fix="name a file")
     with quiet(), progress.stage("loading"):
         model = load_pruned(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    ids = _ids(model, _SHAPES[0])
+    graph = _Graph(model).eval()
     with progress.stage("exporting"):
-        program = _export(_Logits(model), ids, str(folder))
+        program = _export(graph, _inputs(model, _SHAPES[0]), str(folder))
     with told_plainly(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
             file = Path(temporary) / out.name
             program.save(str(file))
             with progress.stage("comparing", len(_SHAPES), "inputs") as advance:
-                record = _compare(runtime, file, model, advance)
+                record = _compare(runtime, file, graph, advance)
             size = 0
             for part in sorted(Path(temporary).iterdir()):  # the graph last: it names the rest
                 size += part.stat().st_size
@@ -99,19 +131,26 @@ def _ids(model: Any, shape: tuple[int, int]) -> Tensor:
     return torch.randint(4, vocabulary, shape, generator=generator)
 
 
-def _export(model: nn.Module, ids: Tensor, name: str) -> Any:
+def _output(model: Any) -> str:
+    """The output's name: a model without a head gives hidden states."""
+    return "last_hidden_state" if type(model).__name__.endswith("Model") else "logits"
+
+
+def _export(graph: _Graph, inputs: dict[str, Tensor], name: str) -> Any:
     dynamic = torch.export.Dim.DYNAMIC
+    given = inspect.signature(graph.forward).parameters
+    free = {0: dynamic, 1: dynamic}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             return torch.onnx.export(
-                model,
-                (ids,),
+                graph,
+                tuple(inputs.get(name) for name in given),
                 dynamo=True,
-                dynamic_shapes=({0: dynamic, 1: dynamic},),
-                input_names=["input_ids"],
-                output_names=["logits"],
+                dynamic_shapes=tuple(free if name in inputs else None for name in given),
+                input_names=list(inputs),
+                output_names=[_output(graph.model)],
                 verbose=False,
             )
     except Exception as error:  # torch.export fails in as many ways as there are models
@@ -123,13 +162,13 @@ def _export(model: nn.Module, ids: Tensor, name: str) -> Any:
 
 
 @torch.no_grad()
-def _compare(runtime: Any, file: Path, model: Any, advance: Any) -> dict[str, Any]:
+def _compare(runtime: Any, file: Path, graph: _Graph, advance: Any) -> dict[str, Any]:
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     worst = largest = 0.0
     for shape in _SHAPES:
-        ids = _ids(model, shape)
-        (found,) = session.run(None, {"input_ids": ids.numpy()})
-        expected = model(input_ids=ids, use_cache=False).logits
+        inputs = _inputs(graph.model, shape)
+        (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        expected = graph(**inputs)
         difference = (torch.from_numpy(found) - expected).abs().max()
         worst, largest = max(worst, float(difference)), max(largest, float(expected.abs().max()))
         advance(1)

@@ -24,6 +24,10 @@ __all__ = ["DTYPES", "Loaded", "evaluating", "load"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OLDEST = (4, 57)
+_OTHER_KINDS = (
+    "'secateur heads' prunes the attention heads of any transformer; an encoder can also be loaded "
+    "by you and passed to secateur.prune"
+)
 
 
 @dataclass
@@ -259,9 +263,20 @@ def _config(source: Source, trust_remote_code: bool) -> Any:
             f"'{config.model_type}' is not a causal language model",
             field="model",
             value=source.name,
-            fix="load it yourself and pass the model object to secateur.prune",
+            fix=_OTHER_KINDS,
         )
     return config
+
+
+def is_causal(architecture: str) -> bool:
+    """Whether transformers' auto class for causal language models gives this class.
+
+    >>> is_causal("LlamaForCausalLM"), is_causal("BertModel")
+    (True, False)
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _model(
@@ -299,6 +314,14 @@ def _model(
         ) from error
     model, info = loaded
     absent = sorted(info.get("missing_keys") or [])
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if absent and named and not is_causal(named):
+        raise UsageError(
+            f"'{named}' is not a causal language model",
+            field="model",
+            value=source.name,
+            fix=_OTHER_KINDS,
+        )
     if absent:
         raise SecateurError(
             f"'{source.folder}' lacks {len(absent)} of the model's tensors, first '{absent[0]}'",

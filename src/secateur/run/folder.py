@@ -147,6 +147,9 @@ class RunFolder:
                 found = json.loads(marker.read_text())
             except ValueError:
                 found = {}
+            if found != identity and not self._begun():
+                write_json(marker, identity)
+                return
             for key in identity:
                 if found.get(key) != identity[key]:
                     raise UsageError(
@@ -157,6 +160,12 @@ class RunFolder:
                     )
         else:
             write_json(marker, identity)
+
+    def _begun(self) -> bool:
+        """Whether there is anything to lose: a run refused at its start leaves only its name."""
+        names = {item.name for item in self.inner.iterdir()}
+        empty = names <= {"lock", "run.json", "recipe.yaml", "events.jsonl"}
+        return not empty or any(item != self.inner for item in self.path.iterdir())
 
     def _sweep(self) -> None:
         """Remove what a killed writer left half-written."""

@@ -16,10 +16,10 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from secateur import __version__
-from secateur.allocation.dsa.allocator import DSA, SEEDS, function_space
+from secateur.allocation.dsa.allocator import DSA, SEEDS, function_space, whole_hundredths
 from secateur.allocation.dsa.presets import save_preset
 from secateur.allocation.search.engine import Evolution, Search, SearchSettings, Space, trace
-from secateur.allocation.search.executors import executor
+from secateur.allocation.search.executors import check_workers, executor
 from secateur.allocation.search.journal import Journal
 from secateur.allocation.search.spaces import FunctionSpace, RatioSpace
 from secateur.allocation.search.trial import plan_of_counts
@@ -99,6 +99,7 @@ def search_plan(
             fix="search on a smaller sibling and use its found.json",
         )
     settings, workers = settings or SearchSettings(), workers or Workers()
+    check_workers(workers.kind, workers.number)
     allocator = _allocator(recipe)
     writable(out)
     session = prepare(recipe, progress=progress)
@@ -290,6 +291,8 @@ def _allocator(recipe: Recipe) -> DSA:
             )
     allocator = DSA.with_options(options)
     assert isinstance(allocator, DSA)
+    if allocator.lam is not None:
+        whole_hundredths(allocator.lam)  # refused before anything is read
     return allocator
 
 

@@ -92,6 +92,13 @@ def _saved(session: Session) -> Plan:
             value=str(recipe.target),
             fix=f"--sparsity {plan.target}, or leave it to the plan",
         )
+    largest = max((rows * columns for rows, columns in shapes.values()), default=0)
+    slack = 0 if plan.target.group is None else largest // plan.target.group
+    if abs(plan.removed - plan.target.count(plan.elements)) > slack:
+        session.notes.append(
+            f"the plan removes {plan.removed / plan.elements:.3%} of the weights, not the "
+            f"{plan.target} it was made for (edited by hand?)"
+        )
     searched = plan.provenance.get("made_by", {}).get("search", {}).get("windows", {})
     measured = {} if session.evaluation is None else session.evaluation.record
     if searched.get("text") and searched["text"] == measured.get("text"):

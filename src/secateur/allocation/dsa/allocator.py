@@ -85,6 +85,11 @@ class DSA(Allocator):
             )
         self._given()  # what does not parse is refused now, not in the middle of a run
 
+    @property
+    def tries(self) -> bool:
+        """See ``Allocator.tries``."""
+        return self.search > 0
+
     def _given(self) -> tuple[Expression, str | None]:
         if self.expression is not None:
             return Expression.parse(self.expression), None
@@ -128,6 +133,7 @@ class DSA(Allocator):
         """Ratios by ``function``, whose lambda yields to the ``lam`` given."""
         reference = self.compat == "reference"
         values = (reference_phi if reference else phi)(function, blocks).tolist()
+        _note_zeros(function, blocks, problem)
         note_if_constant(values, problem, "the function's value")
         if reference and width_of(values):
             return problem.by_block(reference_ratios(values, problem.sparsity))
@@ -167,6 +173,17 @@ class DSA(Allocator):
         return replace(plan, provenance={**plan.provenance, **more})
 
 
+def _note_zeros(function: Expression, blocks: Sequence[ScoreSummary], problem: Problem) -> None:
+    """A single score of 0 makes a geometric mean 0, which no other block may have."""
+    with_zeros = [i for i, b in enumerate(blocks) if b.zeros]
+    if function.reduce == "GEOMETRIC_MEAN" and 0 < len(with_zeros) < len(blocks):
+        problem.notes.append(
+            f"{len(with_zeros)} of {len(blocks)} blocks (the first: {with_zeros[0]}) hold scores of "
+            "exactly 0 (dead inputs or weights), which alone decide their geometric mean; "
+            "a function without GEOMETRIC_MEAN does not have that"
+        )
+
+
 def summarise_stream(problem: Problem) -> list[ScoreSummary]:
     """The run's own method's scores of every block, one matrix in memory at a time."""
     assert problem.scores is not None
@@ -192,6 +209,18 @@ def function_space(
     lam: float | None = getattr(allocator, "lam", None)
     if lam is None:
         return space
+    return replace(space, lambdas=(whole_hundredths(lam),))
+
+
+def whole_hundredths(lam: float) -> int:
+    """Lambda as a search writes it into its functions.
+
+    Raises:
+        UsageError: it lies between two hundredths.
+    """
     if abs(100 * lam - round(100 * lam)) > 1e-9:
-        raise UsageError("a search takes lambda in whole hundredths", field="lam", value=lam)
-    return replace(space, lambdas=(round(100 * lam),))
+        near = round(100 * lam) / 100
+        raise UsageError(
+            "a search takes lambda in whole hundredths", field="lam", value=lam, fix=f"e.g. {near}"
+        )
+    return round(100 * lam)

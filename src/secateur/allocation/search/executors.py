@@ -156,10 +156,8 @@ class Ray:
             self.ray.shutdown()
 
 
-def executor(
-    kind: str, open_: Open, workers: int = 1, threads: int = 1, address: str | None = None
-) -> Executor:
-    """The executor of that name.
+def check_workers(kind: str, workers: int) -> None:
+    """Stop before any work is done.
 
     Raises:
         UsageError: an unknown kind, or no worker.
@@ -169,7 +167,18 @@ def executor(
             "unknown kind of workers", field="executor", value=kind, fix=", ".join(KINDS)
         )
     if workers < 1:
-        raise UsageError("must be at least 1", field="workers", value=workers)
+        raise UsageError("must be at least 1", field="workers", value=workers, fix="e.g. 1")
+
+
+def executor(
+    kind: str, open_: Open, workers: int = 1, threads: int = 1, address: str | None = None
+) -> Executor:
+    """The executor of that name.
+
+    Raises:
+        UsageError: an unknown kind, or no worker.
+    """
+    check_workers(kind, workers)
     if kind == "serial":
         return Serial(_opened_when_needed(open_))
     if kind == "processes":
