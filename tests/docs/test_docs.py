@@ -64,7 +64,8 @@ def test_internal_links_lead_somewhere():
 
 def test_every_method_has_a_page():
     text = " ".join(p.read_text() for p in (ROOT / "docs").rglob("*.md"))
-    for name in methods:
+    # Other tests register methods of their own in the same process.
+    for name in (n for n in methods if methods[n].__module__.startswith("secateur.")):
         assert f"`{name}`" in text, f"no page of the docs speaks of `{name}`"
 
 

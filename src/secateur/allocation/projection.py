@@ -65,13 +65,22 @@ def project(
             "scale",
         )
         return [1 - k for k in kept]
-    wishes = [max(0.0, r) for r in raw] if mode == "scale" else list(raw)
+    wishes = _of_the_largest(raw) if mode == "scale" else list(raw)
     if mode == "scale":
         scaled = _solve(wishes, wishes, sizes, budget, lows, highs)
         if abs(_weighted(scaled, sizes) - budget) <= slack:
             return scaled
         wishes = scaled  # zeros cannot grow by a factor: what is missing is shifted
     return _solve(wishes, [1.0] * n, sizes, budget, lows, highs)
+
+
+def _of_the_largest(raw: Sequence[float]) -> list[float]:
+    """What only ratios matter of, as shares of the largest; a billionth of it counts as nothing."""
+    top = max(raw, default=0.0)
+    if top <= 0:
+        return [0.0] * len(raw)
+    shares = [r / top for r in raw]
+    return [s if s > 1e-9 else 0.0 for s in shares]
 
 
 def refuse_infeasible(
