@@ -226,6 +226,8 @@ def test_a_plan_of_matrices_guides_a_structured_run(tiny_folder, tmp_path):
     plans = [json.loads((tmp_path / x / "secateur" / "plan.json").read_text()) for x in "ab"]
     assert plans[0]["units"] == plans[1]["units"]
     assert plans[0]["target"] == plans[1]["target"] == "0.3"
+    told = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert told["structure"]["target"]["asked"] == 0.3
     for saved in (path, tmp_path / "a" / "secateur" / "plan.json"):
         with pytest.raises(UsageError, match=r"the plan was made for 0\.3"):
             secateur.prune(model, allocation=str(saved), sparsity=0.4, out=tmp_path / "c", **common)
