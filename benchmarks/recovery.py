@@ -191,7 +191,7 @@ class Bench:
 
     def save(self) -> None:
         """Keep what is done."""
-        finish(self.path.stem, self.record, self.path)
+        finish("recovery", self.record, self.path)
 
 
 def _told(cell: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from secateur.masks.structured import StructuredMask
 from secateur.methods.heads import Heads
 from secateur.methods.llm_pruner import LLMPruner, importances
 from secateur.methods.structured_base import ScoreJob
+from secateur.methods.unit_baselines import UnitMagnitude
 from secateur.models.surgery import apply_mask, shrink
 from secateur.models.tiny import tiny_model
 from secateur.models.units import Group, parameters_of, units_of
@@ -169,6 +170,8 @@ def test_a_tied_embedding_counts_once_in_the_residual_width() -> None:
             seen.add((id(parameters_of(tied)[part.parameter]), part.dim))
             expected += p.abs() if p.dim() == 1 else p.abs().sum(1 - part.dim)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    plain = UnitMagnitude(norm="l1").scores(work)["stem"]
+    torch.testing.assert_close(plain.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_dead_channel_is_the_least_important_and_costs_nothing() -> None:

@@ -46,8 +46,13 @@ class UnitMagnitude(StructuredMethod):
                     for name, p in parameters.items()
                     if name.startswith(inside)
                 )
+        seen: set[tuple[int, int, int]] = set()
         for part in group.slices:
             value = parameters[part.parameter].detach()
+            place = (value.data_ptr(), part.dim, int(part.index[0, 0]))
+            if place in seen:  # tied: it is one weight, and counts once
+                continue
+            seen.add(place)
             total += along(value.float().abs().pow(power), part).cpu()
         return total if power == 1 else total.sqrt()
 

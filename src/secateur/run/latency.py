@@ -119,7 +119,7 @@ def align_widths(
     """MLP widths moved to multiples of ``tile`` where measured times say that it pays.
 
     Returns:
-        The cuts with the same total, and a sentence on what was done.
+        The cuts, their total within half a tile of what it was, and a sentence on what was done.
     """
     ffn = [g for g in groups if g.kind == "ffn" and g.n_units % tile == 0]
     widths = [g.n_units - cuts[g.key].removed for g in ffn]

@@ -95,7 +95,23 @@ def _as_stored(predicted: dict[str, int | None], session: Session) -> dict[str, 
 
 
 def measure_speed(session: Session, *, owned: bool) -> dict[str, Any] | None:
-    """Tokens per second of the dense and the pruned model, alternating; None when not asked.
+    """Tokens per second of the dense and the pruned model, alternating; None when not asked."""
+
+    def compare(dense: Any, pruned: Any, ids: Tensor, seconds: float) -> dict[str, Any]:
+        from secateur.evaluation.speed import compare_speed
+
+        return compare_speed(dense, pruned, ids, seconds=seconds, target=session.recipe.target)
+
+    return beside_dense(session, compare, owned=owned)
+
+
+def beside_dense(
+    session: Session,
+    compare: Callable[[Any, Any, Tensor, float], dict[str, Any]],
+    *,
+    owned: bool,
+) -> dict[str, Any] | None:
+    """``compare(dense, pruned, ids, seconds)``, if the recipe asks for speed and it can be had.
 
     The dense model is loaded again, so this is left out (and said) when the weights were
     streamed or when the model came from the caller.
@@ -108,8 +124,6 @@ def measure_speed(session: Session, *, owned: bool) -> dict[str, Any] | None:
             "speed was not measured: it needs the dense model beside the pruned one in memory"
         )
         return None
-    from secateur.evaluation.speed import compare_speed
-
     recipe = session.recipe
     with session.timed("speed"):
         try:
@@ -121,12 +135,11 @@ def measure_speed(session: Session, *, owned: bool) -> dict[str, Any] | None:
                 trust_remote_code=recipe.trust_remote_code,
             )
             with session.progress.stage("measuring speed"):
-                return compare_speed(
+                return compare(
                     dense.model,
                     session.loaded.model,
                     session.evaluation.ids[:1],
-                    seconds=evaluation.speed_seconds,
-                    target=recipe.target,
+                    evaluation.speed_seconds,
                 )
         except (SecateurError, MemoryError, torch.OutOfMemoryError) as error:
             session.notes.append(f"speed was not measured: {error}")

@@ -5,17 +5,18 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from torch import Tensor
+
 from secateur import __version__
 from secateur.allocation.plan import Plan
-from secateur.errors import SecateurError
 from secateur.evaluation.size import memory_bytes, weight_bytes
 from secateur.evaluation.speed import compare_speed, machine
 from secateur.masks.structured import StructuredMask
-from secateur.models.loading import load
 from secateur.models.structured_saving import Form
 from secateur.models.units import Group, Units
 from secateur.run.breakdown import breakdown
 from secateur.run.folder import RunFolder
+from secateur.run.measure import beside_dense
 from secateur.run.session import Session
 from secateur.run.structured_plan import protected_blocks, share_of_weights
 
@@ -160,36 +161,10 @@ def _row(group: Group, plan: Plan, mask: StructuredMask, noted: dict[str, Any]) 
 
 
 def measure_structured_speed(session: Session, *, owned: bool) -> dict[str, Any] | None:
-    """Dense against pruned in turns, and the time of each part; None when not asked.
+    """Dense against pruned in turns, and the time of each part; None when not asked."""
 
-    The dense model is loaded again, so this is left out (and said) when the model came from
-    the caller.
-    """
-    evaluation = session.recipe.evaluation
-    if evaluation is None or not evaluation.speed or session.evaluation is None:
-        return None
-    if not owned:
-        session.notes.append(
-            "speed was not measured: it needs the dense model beside the pruned one in memory"
-        )
-        return None
-    recipe = session.recipe
-    with session.timed("speed"):
-        try:
-            dense = load(
-                recipe.model,
-                dtype=recipe.dtype,
-                device=recipe.device,
-                tokenizer=False,
-                trust_remote_code=recipe.trust_remote_code,
-            )
-            ids = session.evaluation.ids[:1]
-            with session.progress.stage("measuring speed"):
-                speed = compare_speed(
-                    dense.model, session.loaded.model, ids, seconds=evaluation.speed_seconds
-                )
-                speed["parts"] = breakdown(dense.model, session.loaded.model, ids)
-            return speed
-        except (SecateurError, MemoryError) as error:
-            session.notes.append(f"speed was not measured: {error}")
-            return None
+    def compare(dense: Any, pruned: Any, ids: Tensor, seconds: float) -> dict[str, Any]:
+        speed = compare_speed(dense, pruned, ids, seconds=seconds)
+        return speed | {"parts": breakdown(dense, pruned, ids)}
+
+    return beside_dense(session, compare, owned=owned)
