@@ -26,7 +26,7 @@ def prune(
     tokenizer: Any = None,
     *,
     method: str | None = None,
-    sparsity: float | str = 0.5,
+    sparsity: float | str | None = None,
     calibration: Any = "pydoc",
     samples: int = 64,
     length: int | None = None,
@@ -45,7 +45,8 @@ def prune(
             memory, which is then pruned in place.
         tokenizer: needed with a model in memory, unless ``calibration`` is tokens already.
         method: see ``secateur methods``; by default ``wanda``, or what ``quality`` says.
-        sparsity: in [0, 1), or ``"2:4"``: keep two of every four.
+        sparsity: in [0, 1), or ``"2:4"``: keep two of every four; by default 0.5, or what a
+            saved plan (``allocation="plan.json"``) was made for.
         calibration: a text file or named corpus, a list of texts, an (N, L) tensor of token
             ids, or an iterable of ``{"input_ids": ..., "attention_mask": ...}``.
         samples, length, seed: how many windows of how many tokens are drawn, and which;
@@ -77,7 +78,7 @@ def prune(
         {
             "model": str(model) if isinstance(model, str | Path) else "given",
             **({} if method is None else {"method": method}),
-            "sparsity": sparsity,
+            **({} if sparsity is None else {"sparsity": sparsity}),
             "calibration": {"text": text, "samples": samples, "length": length, "seed": seed},
             "evaluation": {"text": evaluation} if isinstance(evaluation, str) else evaluation,
             **settings,

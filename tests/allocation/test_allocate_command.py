@@ -131,6 +131,14 @@ def test_a_run_refused_at_its_start_does_not_occupy_its_folder(plan, tmp_path, c
     assert "the folder holds" in capsys.readouterr().err
 
 
+def test_a_function_refused_on_this_model_leaves_its_folder_free(tmp_path, capsys):
+    words = ["prune", "tiny", "-m", "wanda", "-s", "0.6", "-a", "dsa", *SMALL, "--no-eval"]
+    words += ["--no-speed", "--out", str(tmp_path / "run"), "-A"]
+    assert main([*words, "expression=W:(NO_OP)-(MEAN)-(LOG,LOG)"]) == 1
+    assert "LOG of" in capsys.readouterr().err
+    assert main([*words, "expression=W:(NO_OP)-(MEAN)-(NO_OP)"]) == 0
+
+
 def test_the_allocators_are_listed(capsys):
     assert main(["allocators", "--json"]) == 0
     rows = {row["name"]: row for row in told(capsys)["allocators"]}

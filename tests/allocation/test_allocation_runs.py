@@ -208,11 +208,42 @@ def test_a_pattern_is_edited_by_hand(tmp_path):
 def test_an_edited_plan_that_misses_its_target_says_so(tmp_path):
     model = tiny_model("llama")
     path = tmp_path / "plan.json"
-    record = secateur.allocate(model, allocation="incremental", sparsity=0.5).record()
+    record = secateur.allocate(model, allocation="incremental", sparsity=0.3).record()
     next(iter(record["modules"].values()))["removed"] = 0
     path.write_text(json.dumps(record))
     result = secateur.prune(model, tiny_tokenizer(), allocation=str(path), **SETTINGS)
     assert any("edited by hand" in note for note in result.report["notes"])
+
+
+def test_a_plan_of_matrices_guides_a_structured_run(tiny_folder, tmp_path):
+    model = str(tiny_folder("llama"))
+    path = tmp_path / "plan.json"
+    wished = secateur.allocate(model, allocation="incremental", sparsity=0.3)
+    path.write_text(json.dumps(wished.record()))
+    common = {"method": "unit-magnitude", "evaluation": None}
+    secateur.prune(model, allocation=str(path), out=tmp_path / "a", **common)
+    secateur.prune(model, allocation="incremental", sparsity=0.3, out=tmp_path / "b", **common)
+    plans = [json.loads((tmp_path / x / "secateur" / "plan.json").read_text()) for x in "ab"]
+    assert plans[0]["units"] == plans[1]["units"]
+    assert plans[0]["target"] == plans[1]["target"] == "0.3"
+    told = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert told["structure"]["target"]["asked"] == 0.3
+    for saved in (path, tmp_path / "a" / "secateur" / "plan.json"):
+        with pytest.raises(UsageError, match=r"the plan was made for 0\.3"):
+            secateur.prune(model, allocation=str(saved), sparsity=0.4, out=tmp_path / "c", **common)
+
+
+@pytest.mark.parametrize("allocation", ["global", "atp", {"name": "dsa", "scores": "method"}])
+def test_allocators_that_rank_weights_do_not_go_with_units(allocation):
+    with pytest.raises(UsageError, match="ranks whole units") as caught:
+        secateur.prune(
+            tiny_model("llama"),
+            tiny_tokenizer(),
+            method="unit-magnitude",
+            allocation=allocation,
+            **SETTINGS,
+        )
+    assert caught.value.field == "allocation"
 
 
 @pytest.mark.parametrize("removed", [1.5, "2", None, True])

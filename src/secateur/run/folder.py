@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import IO, Any
 
@@ -129,12 +130,11 @@ class RunFolder:
 
     def _vanish(self) -> None:
         """A request that was refused before any work leaves no trace."""
-        if any(p != self.inner for p in self.path.iterdir()):
+        if self._begun():
             return
-        if {p.name for p in self.inner.iterdir()} <= _BEFORE_WORK:
-            shutil.rmtree(self.inner)
-            if self._made:
-                self.path.rmdir()
+        shutil.rmtree(self.inner)
+        if self._made:
+            self.path.rmdir()
 
     # -- what this folder is -------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class RunFolder:
                 found = json.loads(marker.read_text())
             except ValueError:
                 found = {}
-            if found != identity and not self._begun():
+            if found != identity and not self._begun({"evidence"}):  # that has keys of its own
                 write_json(marker, identity)
                 return
             for key in identity:
@@ -161,11 +161,11 @@ class RunFolder:
         else:
             write_json(marker, identity)
 
-    def _begun(self) -> bool:
+    def _begun(self, besides: Set[str] = frozenset()) -> bool:
         """Whether there is anything to lose: a run refused at its start leaves only its name."""
-        names = {item.name for item in self.inner.iterdir()}
-        empty = names <= {"lock", "run.json", "recipe.yaml", "events.jsonl"}
-        return not empty or any(item != self.inner for item in self.path.iterdir())
+        if any(item != self.inner for item in self.path.iterdir()):
+            return True
+        return not {item.name for item in self.inner.iterdir()} <= _BEFORE_WORK | besides
 
     def _sweep(self) -> None:
         """Remove what a killed writer left half-written."""

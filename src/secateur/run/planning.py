@@ -85,13 +85,7 @@ def _saved(session: Session) -> Plan:
             field="allocation",
             value=path,
         )
-    if "sparsity" in recipe.model_fields_set and plan.target != recipe.target:
-        raise UsageError(
-            f"the plan was made for {plan.target}",
-            field="sparsity",
-            value=str(recipe.target),
-            fix=f"--sparsity {plan.target}, or leave it to the plan",
-        )
+    refuse_other_target(session, plan)
     largest = max((rows * columns for rows, columns in shapes.values()), default=0)
     slack = 0 if plan.target.group is None else largest // plan.target.group
     if abs(plan.removed - plan.target.count(plan.elements)) > slack:
@@ -107,6 +101,22 @@ def _saved(session: Session) -> Plan:
             "that quality is flattering (evaluate on another text)"
         )
     return plan
+
+
+def refuse_other_target(session: Session, plan: Plan) -> None:
+    """Stop where the recipe asks for one sparsity and its saved plan is for another.
+
+    Raises:
+        UsageError: naming both.
+    """
+    recipe = session.recipe
+    if "sparsity" in recipe.model_fields_set and plan.target != recipe.target:
+        raise UsageError(
+            f"the plan was made for {plan.target}",
+            field="sparsity",
+            value=str(recipe.target),
+            fix=f"--sparsity {plan.target}, or leave it to the plan",
+        )
 
 
 def _dense_scores(session: Session, root: Path | None) -> Iterator[tuple[str, Tensor]]:

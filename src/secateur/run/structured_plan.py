@@ -17,8 +17,8 @@ from secateur.masks.target import Target
 from secateur.models.anatomy import text_config
 from secateur.models.units import Group, Units
 from secateur.run.latency import align_widths, saved_time
-from secateur.run.planning import make_plan
-from secateur.run.session import Session
+from secateur.run.planning import make_plan, refuse_other_target
+from secateur.run.session import Session, allocator_of
 
 if TYPE_CHECKING:
     from secateur.recipe import Structure
@@ -33,16 +33,22 @@ def structured_plan(session: Session, units: Units) -> Plan:
     recipe, structure = session.recipe, session.recipe.structure
     share = recipe.target.sparsity
     groups = list(units)
-    name = recipe.allocator[0]
+    name, target = recipe.allocator[0], recipe.target
     if name.endswith(".json"):
-        return _saved(session, units)
+        saved = Plan.load(Path(name))
+        if saved.units:
+            return _saved(session, units, saved)
+        share = saved.target.sparsity  # of matrices: its ratios are wishes like an allocator's
+        target = Target(share)
+    else:
+        _refuse_ranking(session)
     provenance: dict[str, object] = {
         "allocator": name,
         "ranking": structure.ranking,
         "kind": structure.target_kind,
     }
     if share == 0:
-        return _plan(recipe.target, {g.key: UnitCut(g.n_units, 0, g.weights) for g in groups}, {})
+        return _plan(target, {g.key: UnitCut(g.n_units, 0, g.weights) for g in groups}, {})
     ratios = sizes = None
     if name != "uniform":
         if structure.uniform:
@@ -96,7 +102,7 @@ def structured_plan(session: Session, units: Units) -> Plan:
         with session.timed("latency"):
             cuts, note = align_widths(model, groups, cuts, structure, session.progress)
         session.notes.append(note)
-    return _plan(recipe.target, cuts, provenance)
+    return _plan(target, cuts, provenance)
 
 
 def choose_globally(
@@ -162,9 +168,26 @@ def protected_blocks(session: Session, structure: Structure) -> frozenset[int]:
     return frozenset(number % blocks for number in structure.protect)
 
 
-def _saved(session: Session, units: Units) -> Plan:
+def _refuse_ranking(session: Session) -> None:
+    """Stop where an allocator would rank single weights by a method that has no such scores."""
+    allocator = allocator_of(session.recipe)
+    if allocator is None:
+        return
+    own = getattr(allocator, "scores", None) == "method"
+    if allocator.ranks_scores or allocator.tries or own:
+        raise UsageError(
+            f"it asks for '{session.recipe.method}'s scores of single weights, and that method "
+            "ranks whole units",
+            field="allocation",
+            value=allocator.name,
+            fix="owl, dlp, dsa, als, incremental, alphapruning, or atp with a beta; "
+            "or search with another method and give its plan.json",
+        )
+
+
+def _saved(session: Session, units: Units, plan: Plan) -> Plan:
     path = session.recipe.allocator[0]
-    plan = Plan.load(Path(path))
+    refuse_other_target(session, plan)
     for group in units:
         cut = plan.units.get(group.key)
         if cut is None or cut.of != group.n_units or cut.removed >= cut.of:

@@ -88,7 +88,7 @@ def assemble_structured(
                 for phase in ("prefill", "decode")
             },
             "context": session.recipe.structure.context,
-            "target": _target(session, groups, mask, before, after),
+            "target": _target(session, plan, groups, mask, before, after),
             "form": {
                 "stock": form.stock,
                 "architecture": form.architecture,
@@ -117,6 +117,7 @@ def assemble_structured(
 
 def _target(
     session: Session,
+    plan: Plan,
     groups: list[Group],
     mask: StructuredMask,
     before: dict[str, Any],
@@ -135,7 +136,7 @@ def _target(
         "flops": 1 - after["prefill"]["total"] / before["prefill"]["total"],
         "latency": None,
     }[kind]
-    return {"kind": kind, "asked": session.recipe.target.sparsity, "delivered": delivered}
+    return {"kind": kind, "asked": plan.target.sparsity, "delivered": delivered}
 
 
 def _row(group: Group, plan: Plan, mask: StructuredMask, noted: dict[str, Any]) -> dict[str, Any]:
