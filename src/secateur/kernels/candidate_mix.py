@@ -7,8 +7,8 @@ and backward, a resumed run and a re-computed activation all see the same draw a
 be stored but the logits. Backward makes the probabilities again: with ``u = (dL/dW^ * W) S^T``,
 ``d pi = kappa / tau * y * (u - <u, y>)``.
 
-On a CPU with numba (extra `kernels`) both directions are one fused pass; elsewhere, and on a GPU, the same formulas
-run as torch operations over chunks.
+On a CPU with numba (extra ``kernels``) both directions are one fused pass; elsewhere, and on a
+GPU, the same formulas run as torch operations over chunks.
 """
 
 from __future__ import annotations
