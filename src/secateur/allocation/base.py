@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from torch import Tensor
 
 from secateur.allocation.plan import Plan
@@ -31,6 +31,7 @@ from secateur.allocation.projection import Mode, project, round_to_units
 from secateur.errors import UsageError
 from secateur.evidence.readings import Reading
 from secateur.masks.target import Target
+from secateur.options import build
 from secateur.progress import SILENT, Progress
 
 Stream = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -176,26 +177,8 @@ class Allocator(ABC):
         Raises:
             UsageError: an unknown option, with the known ones named; or one of the wrong type.
         """
-        known = {f.name for f in fields(cls)}
-        for key in options:
-            if key not in known:
-                raise UsageError(
-                    f"allocator '{cls.name}' has no such option",
-                    field=key,
-                    value=options[key],
-                    fix=f"options: {', '.join(sorted(known))}",
-                )
-        try:
-            return TypeAdapter(cls).validate_python(options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "options"
-            raise UsageError(
-                f"allocator '{cls.name}': {first['msg']}",
-                field=name,
-                value=options.get(name),
-                fix=f"see 'secateur allocators' for the options of {cls.name}",
-            ) from None
+        fix = f"see 'secateur allocators' for the options of {cls.name}"
+        return build(cls, options, f"allocator '{cls.name}'", fix=fix)
 
 
 def refuse_target_outside(sparsity: float, low: float, high: float) -> None:

@@ -17,16 +17,17 @@ A method's core is a pure function on tensors. Writing one takes a dozen lines::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from torch import Tensor
 
 from secateur.errors import UsageError
 from secateur.evidence.statistics import Evidence
 from secateur.masks.target import Cut, Scope
+from secateur.options import build
 
 Update = Literal["none", "obs", "exact", "best"]
 
@@ -88,26 +89,8 @@ class Described:
         Raises:
             UsageError: an unknown option, with the known ones named; or one of the wrong type.
         """
-        known = {f.name: f for f in fields(cls)}
-        for key in options:
-            if key not in known:
-                raise UsageError(
-                    f"method '{cls.name}' has no such option",
-                    field=key,
-                    value=options[key],
-                    fix=f"options: {', '.join(known) or 'none'}",
-                )
-        try:
-            return TypeAdapter(cls).validate_python(options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "options"
-            raise UsageError(
-                f"method '{cls.name}': {first['msg']}",
-                field=name,
-                value=options.get(name),
-                fix=f"see 'secateur methods' for the options of {cls.name}",
-            ) from None
+        what, fix = f"method '{cls.name}'", f"see 'secateur methods' for the options of {cls.name}"
+        return build(cls, options, what, fix=fix)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from secateur.errors import UsageError
+from secateur.options import build
 from secateur.training.low_rank import KINDS, Init, Kind
 
 
@@ -67,26 +66,7 @@ class AdapterOptions:
         Raises:
             UsageError: an unknown option, one of the wrong type or out of range.
         """
-        known = [f.name for f in fields(cls) if f.name != "kind"]
-        for name in options:
-            if name not in known:
-                raise UsageError(
-                    "an adapter has no such option",
-                    field=name,
-                    value=options[name],
-                    fix=f"options: {', '.join(known)}",
-                )
-        try:
-            return TypeAdapter(cls).validate_python({"kind": kind, **options})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "adapter"
-            raise UsageError(
-                f"of an adapter: {first['msg']}",
-                field=name,
-                value=options.get(name, kind),
-                fix=f"options: {', '.join(known)}; kinds: {', '.join(KINDS)}",
-            ) from None
+        return build(cls, options, "an adapter", kind=kind)
 
     @property
     def scale(self) -> float:
