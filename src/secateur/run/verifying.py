@@ -51,6 +51,7 @@ def reopen(session: Session, folder: RunFolder) -> dict[str, Any]:
 
 
 def probe_ids(session: Session) -> Tensor:
+    """(1, L) tokens whose logits are recorded for later checks: of the run's text, if it has one."""
     windows = session.evaluation or session.calibration
     if windows is not None:
         return windows.ids[:1, :PROBE_TOKENS].contiguous()

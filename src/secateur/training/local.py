@@ -8,16 +8,50 @@ order, round and round; padding does not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from secateur.errors import NumericsError
+from secateur.evidence.replay import Residency
+from secateur.models.anatomy import Block, ModelView
 from secateur.training.loop import Hook, Training, make_optimizer
 from secateur.training.settings import TrainSettings
+
+
+@dataclass
+class Dense:
+    """The model before it was cut, a block at a time.
+
+    Attributes:
+        view: the same blocks.
+        resident: makes a block's weights present; None: they are.
+    """
+
+    view: ModelView
+    resident: Residency | None = None
+
+    def present(self, block: Block) -> AbstractContextManager[Any]:
+        """The block's weights in memory, as long as the context lasts."""
+        return nullcontext() if self.resident is None else self.resident(block)
+
+
+@contextmanager
+def in_float32(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Half-precision parameters held in float32 while they are trained, then rounded once."""
+    kinds = {p: p.dtype for p in parameters if p.dtype != torch.float32}
+    for parameter in kinds:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, kind in kinds.items():
+            parameter.data = parameter.data.to(kind)
 
 
 @dataclass

@@ -14,8 +14,7 @@ the dense model's own stream, and single matrices, as in arXiv:2510.14444.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -33,7 +32,7 @@ from secateur.models.state import evaluating
 from secateur.progress import SILENT, Progress
 from secateur.training.adapters import AdapterOptions, Adapters
 from secateur.training.finished import FinishedBlocks
-from secateur.training.local import Local, fit_local
+from secateur.training.local import Dense, Local, fit_local, in_float32
 from secateur.training.low_rank import MASKED, Kind
 from secateur.training.masked import KeepZeros, check_masks, prove_zeros
 from secateur.training.perp import parts, refuse_filling
@@ -47,19 +46,6 @@ SAMPLES = 128
 """Windows gone round in every block, as PERP's code has it."""
 UNITS = ("block", "matrix")
 STREAMS = ("pruned", "dense")
-
-
-@dataclass
-class Dense:
-    """The model before it was cut, a block at a time.
-
-    Attributes:
-        view: the same blocks.
-        resident: makes a block's weights present; None: they are.
-    """
-
-    view: ModelView
-    resident: Residency | None = None
 
 
 @dataclass
@@ -174,7 +160,7 @@ class Reconstruction:
         wanted: list[Tensor] = []
         if record is None or follow:
             given = stream if follow else replay.hidden
-            with _present(self.dense, dense), torch.no_grad():
+            with self.dense.present(dense), torch.no_grad():
                 wanted = [
                     replay.checked(dense, replay.run(dense, b, x)) for b, x in enumerate(given)
                 ]
@@ -213,7 +199,7 @@ class Reconstruction:
         if self.unit == "block":
             trained, losses = self._train(one, masks, whole, before if light else None)
         else:
-            with _present(self.dense, dense):
+            with self.dense.present(dense):
                 trained, losses = self._train_matrices(one, dense, masks)
         outputs = replay.advance(block)
         after = whole.error(outputs)
@@ -439,23 +425,6 @@ class Reconstruction:
             "seconds": round(seconds, 3),
             "blocks": records,
         }
-
-
-def _present(dense: Dense, block: Block) -> AbstractContextManager[Any]:
-    return nullcontext() if dense.resident is None else dense.resident(block)
-
-
-@contextmanager
-def in_float32(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Half-precision parameters held in float32 while they are trained, then rounded once."""
-    kinds = {p: p.dtype for p in parameters if p.dtype != torch.float32}
-    for parameter in kinds:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, kind in kinds.items():
-            parameter.data = parameter.data.to(kind)
 
 
 def refuse_senseless(train: Sequence[str], unit: str, stream: str) -> None:
