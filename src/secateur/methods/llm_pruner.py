@@ -106,6 +106,8 @@ class LLMPruner(StructuredMethod):
         rest = [g for g in job.groups if g.key not in found]
         local = [g for g in rest if g.kind != "stem"]
         shared = [g for g in rest if g.kind == "stem"]
+        if NORMS[self.criterion]:
+            _refuse_strays(job, local)
         if local and not NORMS[self.criterion]:
             found |= self._plain(job, local)
         elif local and self.by_block_is_smaller(job, local):
@@ -139,15 +141,6 @@ class LLMPruner(StructuredMethod):
         parameters = parameters_of(job.model)
         inside = {block.index: [g for g in groups if _within(g, block)] for block in view.blocks}
         layered = [g for g in groups if g.kind == "layer"]
-        placed = {g.key for found in inside.values() for g in found}
-        stray = [g.key for g in groups if g.kind != "layer" and g.key not in placed]
-        if stray:
-            raise UsageError(
-                "lies in no block of the decoder",
-                field="group",
-                value=stray[0],
-                fix="for encoders and encoder-decoders use secateur.methods.llm_pruner.importances",
-            )
         found: dict[str, Tensor] = {
             g.key: torch.zeros(g.n_units, dtype=torch.float64) for g in layered
         }
@@ -286,6 +279,19 @@ def _matrices(group: Group, number: int, parameters: Mapping[str, Tensor]) -> li
     """Names of the matrices of one layer of a group of layers."""
     start = f"{group.key}.{number}."
     return [name for name, p in parameters.items() if name.startswith(start) and p.dim() > 1]
+
+
+def _refuse_strays(job: ScoreJob, groups: Iterable[Group]) -> None:
+    """Groups of another stack than the decoder's, which the language-model loss does not rank."""
+    blocks = ModelView.of(job.model).blocks
+    for group in groups:
+        if group.kind != "layer" and not any(_within(group, block) for block in blocks):
+            raise UsageError(
+                "lies in no block of the decoder",
+                field="group",
+                value=group.key,
+                fix="for encoders and encoder-decoders use secateur.methods.llm_pruner.importances",
+            )
 
 
 def _within(group: Group, block: Block) -> bool:
