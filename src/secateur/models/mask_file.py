@@ -6,7 +6,6 @@ dense weights each mask was made for: a mask for another revision of a model wou
 and silently ruin it.
 
 >>> from secateur.models.tiny import tiny_model
->>> from secateur.masks.selection import select  # doctest: +SKIP
 >>> apply_mask(tiny_model("llama"), "code.mask")  # doctest: +SKIP
 """
 
@@ -91,7 +90,7 @@ class MaskFile(Mapping[str, Tensor]):
                     "not a file of N:M masks",
                     field="mask",
                     value=str(self.path),
-                    fix="a file written by 'secateur prune --method maskllm' or 'export --format mask'",
+                    fix="the learned.mask that 'secateur prune --method maskllm' writes, or save_mask's file",
                 )
             try:
                 self.target = Target.parse(header["pattern"])
