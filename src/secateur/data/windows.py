@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,44 @@ STRETCH = 65_536
 costs no more than what is taken from it."""
 SURPLUS = 4
 """A calibration text is read until it holds so many times the tokens asked for."""
+
+
+class Order(Protocol):
+    """An order over windows in which a batch is named by its position alone.
+
+    So a training resumes where it was by knowing its step, on any number of processes.
+    """
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """Numbers of the windows at positions ``start`` ... ``start + count - 1``."""
+        ...
+
+
+class TrainingData(Protocol):
+    """What can be trained on: ``Windows``, or a ``TokenStream`` larger than memory."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same windows, and for no others."""
+        ...
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Where they come from, JSON-able."""
+        ...
+
+    def order(self, seed: int) -> Order:
+        """In which order they are trained on."""
+        ...
+
+    def take(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Windows by number: ids (B, L) int64 and mask (B, L) bool, or None without padding."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +99,14 @@ class Windows:
         if self.mask is not None:
             whole.update(self.mask.contiguous().numpy().tobytes())
         return whole.hexdigest()
+
+    def order(self, seed: int) -> Shuffled:
+        """Endless, each pass a permutation of its own."""
+        return Shuffled(self, seed)
+
+    def take(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Windows by number."""
+        return self.ids[rows], None if self.mask is None else self.mask[rows]
 
     def batches(self, tokens_per_batch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """(ids, mask) of as many whole windows as ``tokens_per_batch`` allows, at least one."""
@@ -204,11 +250,7 @@ def training_windows(
 
 @dataclass(frozen=True)
 class Shuffled:
-    """An endless, deterministic order over windows: each pass a permutation of its own.
-
-    A batch is named by its position alone, so a training resumes where it was by knowing its
-    step, on any number of processes.
-    """
+    """An endless, deterministic order over windows: each pass a permutation of its own."""
 
     windows: Windows
     seed: int = 0

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from secateur.data.windows import Shuffled, Windows
+from secateur.data.windows import TrainingData
 from secateur.errors import MissingExtra, NumericsError, UsageError
 from secateur.files import told_plainly
 from secateur.progress import SILENT, Progress
@@ -58,7 +58,7 @@ __all__ = [
 
 def fit(
     model: nn.Module,
-    data: Windows,
+    data: TrainingData,
     settings: TrainSettings,
     *,
     loss: Loss = next_token_loss,
@@ -75,7 +75,8 @@ def fit(
     """Train the parameters of ``model`` that require gradients, in place.
 
     Args:
-        data: windows to draw from, endlessly, each pass in another order.
+        data: windows to draw from, in the order they give (``Windows``: endlessly, each pass
+            in another one).
         loss: what is minimised.
         hooks: called in this order.
         validate: a figure to make small, measured every ``settings.validate_every`` steps;
@@ -118,7 +119,7 @@ def fit(
 
 def _train(
     at: Training,
-    data: Windows,
+    data: TrainingData,
     loss: Loss,
     hooks: tuple[Hook, ...],
     validate: Callable[[], float] | None,
@@ -143,7 +144,8 @@ def _train(
                 passed = time.perf_counter() - started
                 steps = at.step - run.fitted.resumed
                 speed = steps * run.tokens_per_step / passed
-                advance(1, f"loss {value:.4f}, {speed:,.0f} tokens/s")
+                tokens = f"{run.fitted.tokens:,} of {run.tokens_per_step * settings.steps:,} tokens"
+                advance(1, f"loss {value:.4f}, {tokens}, {speed:,.0f} a second")
                 run.fitted.seconds = run.seconds_before + passed
                 run.log(value, speed)
                 run.look()
@@ -162,7 +164,7 @@ class _Run:
     def __init__(
         self,
         at: Training,
-        data: Windows,
+        data: TrainingData,
         loss: Loss,
         hooks: tuple[Hook, ...],
         validate: Callable[[], float] | None,
@@ -171,7 +173,7 @@ class _Run:
     ) -> None:
         self.at, self.loss, self.hooks, self.validate = at, loss, hooks, validate
         self.data, self.folder = data, folder
-        self.order = Shuffled(data, at.settings.seed)
+        self.order = data.order(at.settings.seed)
         self.device = next(iter(at.named.values())).device
         self.tokens_per_step = at.settings.batch * data.length
         total = sum(p.numel() for p in at.model.parameters())
@@ -209,7 +211,7 @@ class _Run:
         """Accumulate, reduce, clip, update; returns the loss over the global batch."""
         at, settings = self.at, self.at.settings
         world, rank = at.accelerator.num_processes, at.accelerator.process_index
-        rows = self.order.rows(at.step * settings.batch, settings.batch)
+        rows = self._rows()
         everyones = self._batch(rows)
         mine = rows[rank::world]
         torch.manual_seed(_mixed(settings.seed, at.step, rank))
@@ -247,10 +249,17 @@ class _Run:
         self.fitted.tokens = at.step * self.tokens_per_step
         return loss
 
+    def _rows(self) -> list[int]:
+        """The step's windows; where there are no more, what was trained so far is kept."""
+        try:
+            return self.order.rows(self.at.step * self.at.settings.batch, self.at.settings.batch)
+        except UsageError:
+            self.save()
+            raise
+
     def _batch(self, rows: list[int]) -> Batch:
-        mask = self.data.mask
-        kept = None if mask is None else mask[rows].to(self.device)
-        return Batch(self.data.ids[rows].to(self.device), kept)
+        ids, mask = self.data.take(rows)
+        return Batch(ids.to(self.device), None if mask is None else mask.to(self.device))
 
     def _reduce(self, total: Tensor) -> None:
         """Sum loss and gradients over processes; one message for each type of number."""
