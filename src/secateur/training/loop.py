@@ -25,13 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from secateur.data.windows import TrainingData
+from secateur.data.batches import Batch, Data
 from secateur.errors import MissingExtra, NumericsError, UsageError
 from secateur.files import told_plainly
 from secateur.progress import SILENT, Progress
 from secateur.training import checkpoint
 from secateur.training.hooks import (
-    Batch,
     Fitted,
     Hook,
     Loss,
@@ -58,7 +57,7 @@ __all__ = [
 
 def fit(
     model: nn.Module,
-    data: TrainingData,
+    data: Data,
     settings: TrainSettings,
     *,
     loss: Loss = next_token_loss,
@@ -75,8 +74,7 @@ def fit(
     """Train the parameters of ``model`` that require gradients, in place.
 
     Args:
-        data: windows to draw from, in the order they give (``Windows``: endlessly, each pass
-            in another one).
+        data: windows or images to draw from, in the order they give.
         loss: what is minimised.
         hooks: called in this order.
         validate: a figure to make small, measured every ``settings.validate_every`` steps;
@@ -119,7 +117,7 @@ def fit(
 
 def _train(
     at: Training,
-    data: TrainingData,
+    data: Data,
     loss: Loss,
     hooks: tuple[Hook, ...],
     validate: Callable[[], float] | None,
@@ -144,8 +142,8 @@ def _train(
                 passed = time.perf_counter() - started
                 steps = at.step - run.fitted.resumed
                 speed = steps * run.tokens_per_step / passed
-                tokens = f"{run.fitted.tokens:,} of {run.tokens_per_step * settings.steps:,} tokens"
-                advance(1, f"loss {value:.4f}, {tokens}, {speed:,.0f} a second")
+                of = f"{run.fitted.tokens:,} of {run.tokens_per_step * settings.steps:,}"
+                advance(1, f"loss {value:.4f}, {of} {data.unit}, {speed:,.0f}/s")
                 run.fitted.seconds = run.seconds_before + passed
                 run.log(value, speed)
                 run.look()
@@ -164,7 +162,7 @@ class _Run:
     def __init__(
         self,
         at: Training,
-        data: TrainingData,
+        data: Data,
         loss: Loss,
         hooks: tuple[Hook, ...],
         validate: Callable[[], float] | None,
@@ -212,17 +210,17 @@ class _Run:
         at, settings = self.at, self.at.settings
         world, rank = at.accelerator.num_processes, at.accelerator.process_index
         rows = self._rows()
-        everyones = self._batch(rows)
+        everyones = self.data.scored(rows)
         mine = rows[rank::world]
         torch.manual_seed(_mixed(settings.seed, at.step, rank))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         size = settings.micro_batch or max(1, len(mine))
         for start in range(0, len(mine), size):
-            batch = self._batch(mine[start : start + size])
+            batch = self.data.batch(mine[start : start + size]).to(self.device)
             for hook in self.hooks:
                 hook.before_forward(at)
-            # Weighted by scored tokens, so that no split into forwards or processes matters.
-            share = batch.predicted / max(1, everyones.predicted)
+            # Weighted by what is scored, so that no split into forwards or processes matters.
+            share = batch.predicted / max(1, everyones)
             with at.accelerator.autocast():
                 value = self.loss(at.model, batch) * share
             at.accelerator.backward(value)
@@ -250,16 +248,12 @@ class _Run:
         return loss
 
     def _rows(self) -> list[int]:
-        """The step's windows; where there are no more, what was trained so far is kept."""
+        """The step's samples; where there are no more, what was trained so far is kept."""
         try:
             return self.order.rows(self.at.step * self.at.settings.batch, self.at.settings.batch)
         except UsageError:
             self.save()
             raise
-
-    def _batch(self, rows: list[int]) -> Batch:
-        ids, mask = self.data.take(rows)
-        return Batch(ids.to(self.device), None if mask is None else mask.to(self.device))
 
     def _reduce(self, total: Tensor) -> None:
         """Sum loss and gradients over processes; one message for each type of number."""
