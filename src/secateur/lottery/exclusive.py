@@ -51,7 +51,7 @@ def _compiled(pools: Pools, sign: int, demand: Floats, edges: Floats) -> Picks:
     rows: list[Any] = [pools.ids, pools.columns, pools.first_out, pools.sizes]
     rows += [np.ascontiguousarray(demand), ..., picks, residual, empty]
     on_all_cores(compiled.first_come, (*pools.compiled_head(), sign), rows, [edges])
-    return Picks(picks, residual, empty)  # type: ignore[arg-type]
+    return Picks(picks, residual, empty)
 
 
 def _tile(
