@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -202,6 +202,35 @@ def training_windows(
     return windows if vocabulary is None else windows.check_vocabulary(vocabulary)
 
 
+class Positioned(Protocol):
+    """Windows by position: what a training draws from.
+
+    Attributes:
+        length: tokens in a window.
+        fingerprint: everything the windows depend on, as a short hash.
+        record: where they come from, JSON-able.
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def record(self) -> dict[str, Any]: ...
+
+    def at(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Ids (count, L) int64 and mask of the windows at ``start`` ... ``start + count - 1``.
+
+        A function of the position alone, on every process and after a resume.
+
+        Raises:
+            UsageError: the data ends before that.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Shuffled:
     """An endless, deterministic order over windows: each pass a permutation of its own.
@@ -212,6 +241,26 @@ class Shuffled:
 
     windows: Windows
     seed: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        return self.windows.length
+
+    @property
+    def fingerprint(self) -> str:
+        """The windows', whatever their order."""
+        return self.windows.fingerprint
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The windows'."""
+        return self.windows.record
+
+    def at(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """See ``Positioned.at``; it never ends."""
+        rows, mask = self.rows(start, count), self.windows.mask
+        return self.windows.ids[rows], None if mask is None else mask[rows]
 
     def rows(self, start: int, count: int) -> list[int]:
         """Numbers of the windows at positions ``start`` ... ``start + count - 1``.

@@ -22,6 +22,10 @@ class Batch:
     ids: Tensor
     mask: Tensor | None = None
 
+    def part(self, rows: slice) -> Batch:
+        """Some of the windows."""
+        return Batch(self.ids[rows], None if self.mask is None else self.mask[rows])
+
     @property
     def predicted(self) -> int:
         """Tokens whose prediction is scored."""
@@ -97,6 +101,10 @@ class Hook:
 
     def end(self, at: Training) -> None:
         """After the last step, also when it stopped early."""
+
+    def metrics(self) -> dict[str, Any]:
+        """Figures to write beside the loss of the step just done."""
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """What has to be kept with a checkpoint, beyond the trained parameters."""

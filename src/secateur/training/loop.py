@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from secateur.data.windows import Shuffled, Windows
+from secateur.data.windows import Positioned, Shuffled, Windows
 from secateur.errors import MissingExtra, NumericsError, UsageError
 from secateur.files import told_plainly
 from secateur.progress import SILENT, Progress
@@ -58,7 +58,7 @@ __all__ = [
 
 def fit(
     model: nn.Module,
-    data: Windows,
+    data: Windows | Positioned,
     settings: TrainSettings,
     *,
     loss: Loss = next_token_loss,
@@ -71,11 +71,13 @@ def fit(
     blocks: Sequence[str] = (),
     progress: Progress = SILENT,
     label: str = "training",
+    unit: str = "steps",
 ) -> Fitted:
     """Train the parameters of ``model`` that require gradients, in place.
 
     Args:
-        data: windows to draw from, endlessly, each pass in another order.
+        data: windows to draw from, endlessly, each pass in another order; or a source that
+            gives the windows of any position itself.
         loss: what is minimised.
         hooks: called in this order.
         validate: a figure to make small, measured every ``settings.validate_every`` steps;
@@ -86,9 +88,11 @@ def fit(
         fresh: throw away what lies there.
         identity: what else the result depends on; another one is refused on resume.
         blocks: names of the modules that ``settings.shard`` gathers one at a time.
+        unit: what the progress counts, ``steps`` or ``tokens``.
 
     Raises:
-        UsageError: nothing to train; the folder holds a training with other settings.
+        UsageError: nothing to train; the folder holds a training with other settings; the data
+            ended (what was done until then is saved).
         NumericsError: the loss or the gradient is not finite; the model is back at its last
             good state, which is also what the checkpoint holds.
     """
@@ -109,8 +113,9 @@ def fit(
     )  # fmt: skip
     try:
         return _train(
-            at, data, loss, tuple(hooks), validate, folder, fresh, identity or {}, progress, label
-        )
+            at, data, loss, tuple(hooks), validate, folder, fresh, identity or {}, progress,
+            label, unit,
+        )  # fmt: skip
     finally:
         if sharded:
             take_over(model, at.model, device)
@@ -118,7 +123,7 @@ def fit(
 
 def _train(
     at: Training,
-    data: Windows,
+    data: Windows | Positioned,
     loss: Loss,
     hooks: tuple[Hook, ...],
     validate: Callable[[], float] | None,
@@ -127,6 +132,7 @@ def _train(
     identity: Mapping[str, Any],
     progress: Progress,
     label: str,
+    unit: str,
 ) -> Fitted:
     """``fit`` once everything is in place."""
     settings = at.settings
@@ -135,15 +141,16 @@ def _train(
         run.restore(fresh)
         for hook in hooks:
             hook.begin(at)
-        with progress.stage(label, total=settings.steps, unit="steps") as advance:
-            advance(at.step)
+        size = run.tokens_per_step if unit == "tokens" else 1
+        with progress.stage(label, total=settings.steps * size, unit=unit) as advance:
+            advance(at.step * size)
             started = time.perf_counter()
             while at.step < settings.steps and not run.stopped_early:
                 value = run.step()
                 passed = time.perf_counter() - started
                 steps = at.step - run.fitted.resumed
                 speed = steps * run.tokens_per_step / passed
-                advance(1, f"loss {value:.4f}, {speed:,.0f} tokens/s")
+                advance(size, f"loss {value:.4f}, {speed:,.0f} tokens/s")
                 run.fitted.seconds = run.seconds_before + passed
                 run.log(value, speed)
                 run.look()
@@ -162,7 +169,7 @@ class _Run:
     def __init__(
         self,
         at: Training,
-        data: Windows,
+        data: Windows | Positioned,
         loss: Loss,
         hooks: tuple[Hook, ...],
         validate: Callable[[], float] | None,
@@ -170,8 +177,10 @@ class _Run:
         identity: Mapping[str, Any],
     ) -> None:
         self.at, self.loss, self.hooks, self.validate = at, loss, hooks, validate
-        self.data, self.folder = data, folder
-        self.order = Shuffled(data, at.settings.seed)
+        self.folder = folder
+        self.data: Positioned = (
+            Shuffled(data, at.settings.seed) if isinstance(data, Windows) else data
+        )
         self.device = next(iter(at.named.values())).device
         self.tokens_per_step = at.settings.batch * data.length
         total = sum(p.numel() for p in at.model.parameters())
@@ -187,6 +196,7 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.best_value, self.worse, self.stopped_early = math.inf, 0, False
         self.seconds_before = 0.0
+        self.shapes = self._shapes()
         # Without a folder the last good state is kept in memory.
         self.good: dict[str, Tensor] = {} if folder else self._copied()
 
@@ -209,14 +219,15 @@ class _Run:
         """Accumulate, reduce, clip, update; returns the loss over the global batch."""
         at, settings = self.at, self.at.settings
         world, rank = at.accelerator.num_processes, at.accelerator.process_index
-        rows = self.order.rows(at.step * settings.batch, settings.batch)
-        everyones = self._batch(rows)
-        mine = rows[rank::world]
+        everyones = self._batch(at.step * settings.batch, settings.batch)
+        mine = len(range(rank, settings.batch, world))
         torch.manual_seed(_mixed(settings.seed, at.step, rank))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        size = settings.micro_batch or max(1, len(mine))
-        for start in range(0, len(mine), size):
-            batch = self._batch(mine[start : start + size])
+        size = settings.micro_batch or max(1, mine)
+        for start in range(0, mine, size):
+            batch = everyones.part(
+                slice(rank + start * world, rank + (start + size) * world, world)
+            )
             for hook in self.hooks:
                 hook.before_forward(at)
             # Weighted by scored tokens, so that no split into forwards or processes matters.
@@ -229,12 +240,13 @@ class _Run:
         for hook in self.hooks:
             hook.after_backward(at)
         loss = float(total)
-        norm = nn.utils.clip_grad_norm_(
-            list(at.named.values()), math.inf if settings.clip is None else settings.clip
-        )
+        trained = list(at.named.values())
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         size_of_gradient = float(whole(norm))
         if not math.isfinite(loss) or not math.isfinite(size_of_gradient):
             self._diverged(loss)
+        if settings.clip is not None:
+            nn.utils.clip_grads_with_norm_(trained, settings.clip, norm)
         for group in at.optimizer.param_groups:
             group["lr"] = settings.rate(at.step) * group["lr_scale"]
         at.optimizer.step()
@@ -242,15 +254,33 @@ class _Run:
         at.step += 1
         for hook in self.hooks:
             hook.after_step(at)
+        self._follow_shapes()
         self.fitted.losses.append(loss)
         self.fitted.steps = at.step
         self.fitted.tokens = at.step * self.tokens_per_step
         return loss
 
-    def _batch(self, rows: list[int]) -> Batch:
-        mask = self.data.mask
-        kept = None if mask is None else mask[rows].to(self.device)
-        return Batch(self.data.ids[rows].to(self.device), kept)
+    def _batch(self, start: int, count: int) -> Batch:
+        try:
+            ids, mask = self.data.at(start, count)
+        except UsageError:  # the data ended: what was done so far can be gone on from
+            if self.at.step > self.fitted.resumed:
+                self.save()
+            raise
+        return Batch(ids.to(self.device), None if mask is None else mask.to(self.device))
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {n: p.shape for n, p in self.at.named.items()}
+
+    def _follow_shapes(self) -> None:
+        """Surgery on the way: states of other shapes can neither be gone back to nor compared."""
+        shapes = self._shapes()
+        if shapes == self.shapes:
+            return
+        self.shapes = shapes
+        self.best, self.best_value, self.worse = {}, math.inf, 0
+        if self.folder is None:
+            self.good = self._copied()
 
     def _reduce(self, total: Tensor) -> None:
         """Sum loss and gradients over processes; one message for each type of number."""
@@ -276,15 +306,19 @@ class _Run:
 
     def _diverged(self, loss: float) -> None:
         """Back to the last good state, and say so."""
+        what = "loss"
+        if math.isfinite(loss):
+            bad = (n for n, p in self.at.named.items() if not _finite_gradient(p))
+            what = f"gradient of '{next(bad, 'all parameters together')}'"
         self.at.optimizer.zero_grad(set_to_none=True)
-        good, kept = self.good, "the model is as it was before training"
+        good, kept = self.good, "the model is as it was before training, or its last cut"
         if self.folder is not None:
             found = checkpoint.load(self.folder)
             good = found[0]["parameter"] if found else {}
             if found:
                 kept = f"the checkpoint of step {found[1]['step']} is kept"
-        self._put(good)
-        what = "loss" if not math.isfinite(loss) else "gradient"
+        if all(good[n].shape == s for n, s in self._shapes().items() if n in good):
+            self._put(good)
         raise NumericsError(
             f"the {what} is not finite at step {self.at.step + 1}; {kept}",
             field="lr",
@@ -327,6 +361,7 @@ class _Run:
         fitted.validations = [tuple(pair) for pair in record["validations"]]
         fitted.tokens = self.at.step * self.tokens_per_step
         fitted.seconds = self.seconds_before
+        self.shapes = self._shapes()
 
     def save(self) -> None:
         """Write the checkpoint (rank 0), or remember the good state in memory."""
@@ -357,6 +392,8 @@ class _Run:
             return
         rate = self.at.settings.rate(self.at.step - 1)
         row = {"step": self.at.step, "loss": loss, "lr": rate, "tokens_per_second": round(speed, 1)}
+        for hook in self.hooks:
+            row |= hook.metrics()
         self._append(row)
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -391,6 +428,10 @@ class _Run:
         """Put the best state back where one was looked for."""
         self.fitted.stopped = "early" if self.stopped_early else "finished"
         self._put(self.best)
+
+
+def _finite_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is None or bool(torch.isfinite(whole(parameter.grad)).all())
 
 
 def _refuse_unshardable(settings: TrainSettings, world: int, validates: bool) -> None:
