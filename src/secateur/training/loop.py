@@ -25,13 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from secateur.data.windows import Positioned, Shuffled, Windows
+from secateur.data.batches import Batch, Data
 from secateur.errors import MissingExtra, NumericsError, UsageError
 from secateur.files import told_plainly
 from secateur.progress import SILENT, Progress
 from secateur.training import checkpoint
 from secateur.training.hooks import (
-    Batch,
     Fitted,
     Hook,
     Loss,
@@ -58,7 +57,7 @@ __all__ = [
 
 def fit(
     model: nn.Module,
-    data: Windows | Positioned,
+    data: Data,
     settings: TrainSettings,
     *,
     loss: Loss = next_token_loss,
@@ -71,13 +70,11 @@ def fit(
     blocks: Sequence[str] = (),
     progress: Progress = SILENT,
     label: str = "training",
-    unit: str = "steps",
 ) -> Fitted:
     """Train the parameters of ``model`` that require gradients, in place.
 
     Args:
-        data: windows to draw from, endlessly, each pass in another order; or a source that
-            gives the windows of any position itself.
+        data: windows or images to draw from, in the order they give.
         loss: what is minimised.
         hooks: called in this order.
         validate: a figure to make small, measured every ``settings.validate_every`` steps;
@@ -88,11 +85,9 @@ def fit(
         fresh: throw away what lies there.
         identity: what else the result depends on; another one is refused on resume.
         blocks: names of the modules that ``settings.shard`` gathers one at a time.
-        unit: what the progress counts, ``steps`` or ``tokens``.
 
     Raises:
-        UsageError: nothing to train; the folder holds a training with other settings; the data
-            ended (what was done until then is saved).
+        UsageError: nothing to train; the folder holds a training with other settings.
         NumericsError: the loss or the gradient is not finite; the model is back at its last
             good state, which is also what the checkpoint holds.
     """
@@ -113,9 +108,8 @@ def fit(
     )  # fmt: skip
     try:
         return _train(
-            at, data, loss, tuple(hooks), validate, folder, fresh, identity or {}, progress,
-            label, unit,
-        )  # fmt: skip
+            at, data, loss, tuple(hooks), validate, folder, fresh, identity or {}, progress, label
+        )
     finally:
         if sharded:
             take_over(model, at.model, device)
@@ -123,7 +117,7 @@ def fit(
 
 def _train(
     at: Training,
-    data: Windows | Positioned,
+    data: Data,
     loss: Loss,
     hooks: tuple[Hook, ...],
     validate: Callable[[], float] | None,
@@ -132,7 +126,6 @@ def _train(
     identity: Mapping[str, Any],
     progress: Progress,
     label: str,
-    unit: str,
 ) -> Fitted:
     """``fit`` once everything is in place."""
     settings = at.settings
@@ -141,16 +134,16 @@ def _train(
         run.restore(fresh)
         for hook in hooks:
             hook.begin(at)
-        size = run.tokens_per_step if unit == "tokens" else 1
-        with progress.stage(label, total=settings.steps * size, unit=unit) as advance:
-            advance(at.step * size)
+        with progress.stage(label, total=settings.steps, unit="steps") as advance:
+            advance(at.step)
             started = time.perf_counter()
             while at.step < settings.steps and not run.stopped_early:
                 value = run.step()
                 passed = time.perf_counter() - started
                 steps = at.step - run.fitted.resumed
                 speed = steps * run.tokens_per_step / passed
-                advance(size, f"loss {value:.4f}, {speed:,.0f} tokens/s")
+                of = f"{run.fitted.tokens:,} of {run.tokens_per_step * settings.steps:,}"
+                advance(1, f"loss {value:.4f}, {of} {data.unit}, {speed:,.0f}/s")
                 run.fitted.seconds = run.seconds_before + passed
                 run.log(value, speed)
                 run.look()
@@ -169,7 +162,7 @@ class _Run:
     def __init__(
         self,
         at: Training,
-        data: Windows | Positioned,
+        data: Data,
         loss: Loss,
         hooks: tuple[Hook, ...],
         validate: Callable[[], float] | None,
@@ -177,10 +170,8 @@ class _Run:
         identity: Mapping[str, Any],
     ) -> None:
         self.at, self.loss, self.hooks, self.validate = at, loss, hooks, validate
-        self.folder = folder
-        self.data: Positioned = (
-            Shuffled(data, at.settings.seed) if isinstance(data, Windows) else data
-        )
+        self.data, self.folder = data, folder
+        self.order = data.order(at.settings.seed)
         self.device = next(iter(at.named.values())).device
         self.tokens_per_step = at.settings.batch * data.length
         total = sum(p.numel() for p in at.model.parameters())
@@ -219,19 +210,18 @@ class _Run:
         """Accumulate, reduce, clip, update; returns the loss over the global batch."""
         at, settings = self.at, self.at.settings
         world, rank = at.accelerator.num_processes, at.accelerator.process_index
-        everyones = self._batch(at.step * settings.batch, settings.batch)
-        mine = len(range(rank, settings.batch, world))
+        rows = self._rows()
+        everyones = self.data.scored(rows)
+        mine = rows[rank::world]
         torch.manual_seed(_mixed(settings.seed, at.step, rank))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        size = settings.micro_batch or max(1, mine)
-        for start in range(0, mine, size):
-            batch = everyones.part(
-                slice(rank + start * world, rank + (start + size) * world, world)
-            )
+        size = settings.micro_batch or max(1, len(mine))
+        for start in range(0, len(mine), size):
+            batch = self.data.batch(mine[start : start + size]).to(self.device)
             for hook in self.hooks:
                 hook.before_forward(at)
-            # Weighted by scored tokens, so that no split into forwards or processes matters.
-            share = batch.predicted / max(1, everyones.predicted)
+            # Weighted by what is scored, so that no split into forwards or processes matters.
+            share = batch.predicted / max(1, everyones)
             with at.accelerator.autocast():
                 value = self.loss(at.model, batch) * share
             at.accelerator.backward(value)
@@ -260,20 +250,19 @@ class _Run:
         self.fitted.tokens = at.step * self.tokens_per_step
         return loss
 
-    def _batch(self, start: int, count: int) -> Batch:
+    def _rows(self) -> list[int]:
+        """The step's samples; where there are no more, what was trained so far is kept."""
         try:
-            ids, mask = self.data.at(start, count)
-        except UsageError:  # the data ended: what was done so far can be gone on from
-            if self.at.step > self.fitted.resumed:
-                self.save()
+            return self.order.rows(self.at.step * self.at.settings.batch, self.at.settings.batch)
+        except UsageError:
+            self.save()
             raise
-        return Batch(ids.to(self.device), None if mask is None else mask.to(self.device))
 
     def _shapes(self) -> dict[str, torch.Size]:
         return {n: p.shape for n, p in self.at.named.items()}
 
     def _follow_shapes(self) -> None:
-        """Surgery on the way: states of other shapes can neither be gone back to nor compared."""
+        """After surgery on the way there is no going back to states of other shapes."""
         shapes = self._shapes()
         if shapes == self.shapes:
             return
@@ -311,7 +300,7 @@ class _Run:
             bad = (n for n, p in self.at.named.items() if not _finite_gradient(p))
             what = f"gradient of '{next(bad, 'all parameters together')}'"
         self.at.optimizer.zero_grad(set_to_none=True)
-        good, kept = self.good, "the model is as it was before training, or its last cut"
+        good, kept = self.good, "the model is as it was before training, or since it was last cut"
         if self.folder is not None:
             found = checkpoint.load(self.folder)
             good = found[0]["parameter"] if found else {}
