@@ -164,10 +164,10 @@ class SaliencySums:
                     dims.setdefault(id(member.parameter), set()).add(member.dim)
                     parameters[id(member.parameter)] = member.parameter
         lines: dict[tuple[int, int], Tensor] = {}
-        for key, parameter in parameters.items():
+        for number, parameter in parameters.items():
             assert parameter.grad is not None
-            found = line_sums(parameter.detach(), parameter.grad, self.kind, dims[key])
-            lines |= {(key, dim): line for dim, line in found.items()}
+            found = line_sums(parameter.detach(), parameter.grad, self.kind, dims[number])
+            lines |= {(number, dim): line for dim, line in found.items()}
         fade = 1.0 if self.memory is None else self.memory
         self.weight = fade * self.weight + 1.0
         for key, members in self._members.items():
