@@ -17,7 +17,7 @@ which it uses, but its figure shows the three types' prices equal, which only ``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -132,12 +132,15 @@ class Chooser:
             for k in self.groups
         }
         self._ready: dict[str, list[tuple[float, dict[str, list[int]]]]] = {}
+        self._settling = False
 
     # -- candidates ----------------------------------------------------------------------------
 
     def _lowest(self, group: Group) -> list[int] | None:
         """The least salient unit of each even run, lowest number first; None if it must stay."""
         if self.left[group.key] - group.even < self.rules.least(group):
+            return None
+        if self._settling and not self._above(group.key, 0):
             return None
         runs = self.scores[group.key].reshape(group.even, -1)
         width = runs.shape[1]
@@ -155,7 +158,9 @@ class Chooser:
             if self.rules.layer_mode == "uniform":
                 whole = len(own) == len(found)
                 joint = {k: units for _, part in own for k, units in part.items()}
-                own = [(sum(s for s, _ in own), joint)] if whole else []
+                # While widths settle on their multiples, layers may need different numbers.
+                if whole or not self._settling:
+                    own = [(sum(s for s, _ in own), joint)] if whole else []
             self._ready[kind] = own
         return self._ready[kind]
 
@@ -175,9 +180,13 @@ class Chooser:
         If every one does, the one that goes below by least, so that the budget is met. Ties go
         to the type named first, then to the layer and the unit of the lowest number.
 
+        Once rounding the widths down meets the budget, only what is above the multiples goes.
+
         Returns:
             What went; None when nothing may go any more.
         """
+        if not self._settling and self.rounded() <= budget:
+            self._settling, self._ready = True, {}
         found: list[tuple[float, int, Choice]] = []
         rivals: dict[str, float] = {}
         for kind in self.types:
@@ -210,39 +219,26 @@ class Chooser:
 
     # -- widths --------------------------------------------------------------------------------
 
-    def _down(self, taken: Mapping[str, int]) -> dict[str, int]:
-        """Units above the multiple that widths end on, besides those ``taken``."""
-        if self.rules.round_to == 1:
-            return dict(taken)
-        moves = dict(taken)
-        for key, group in self.groups.items():
-            if type_of(group) != "head":
-                left = self.left[key] - taken.get(key, 0)
-                moves[key] = taken.get(key, 0) + left % self.rules.round_to
-        return moves
+    def _above(self, key: str, taken: int) -> int:
+        """Units of a width above the multiple it ends on, once ``taken`` are gone."""
+        group = self.groups[key]
+        left = self.left[key] - taken
+        if type_of(group) == "head" or self.rules.round_to == 1:
+            return 0
+        return max(0, min(left % self.rules.round_to, left - self.rules.least(group)))
 
     def rounded(self, taken: Mapping[str, int] | None = None) -> int:
-        """Parameters once widths are rounded down to their multiple."""
-        return self.ledger.after(self._down(taken or {})).parameters
+        """Parameters once ``taken`` are gone and widths are rounded down to their multiple."""
+        moves = dict(taken or {})
+        if self.rules.round_to > 1:
+            for key in self.groups:
+                moves[key] = moves.get(key, 0) + self._above(key, moves.get(key, 0))
+        return self.ledger.after(moves).parameters
 
-    def round_down(self) -> list[Choice]:
-        """Take the least salient units above the multiple of every width; one choice a type."""
-        extra = {k: n for k, n in self._down({}).items() if n}
-        out = []
-        for kind, groups in self.types.items():
-            units = {}
-            for group in groups:
-                if extra.get(group.key):
-                    order = np.argsort(self.scores[group.key], kind="stable")
-                    units[group.key] = sorted(int(i) for i in order[: extra[group.key]])
-            if units:
-                saliency = float(sum(self.scores[k][u].sum() for k, u in units.items()))
-                moves = {k: len(u) for k, u in units.items()}
-                choice = Choice(kind, units, saliency, self._price(kind, saliency, moves), {})
-                self._ready.setdefault(kind, [])
-                self._take(choice)
-                out.append(choice)
-        return out
+    def settled(self, budget: int) -> bool:
+        """The budget is met and widths are on their multiples."""
+        now = self.ledger.now().parameters
+        return now <= budget and self.rounded() == now
 
 
 def smallest(
