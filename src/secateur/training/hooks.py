@@ -154,6 +154,12 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+def autocasted(x: Tensor) -> Tensor:
+    """A layer's input in the type that products are computed in, for autograd functions of our own."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require gradients, shared ones once."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
