@@ -115,7 +115,7 @@ class MaskLLM(Described):
 
     @property
     def settings(self) -> TrainSettings:
-        """The part that is about training; as published no warm-up, a cosine to a tenth, Adam's (0.9, 0.95)."""
+        """The part that is about training: no warm-up, a cosine to a tenth, Adam's (0.9, 0.95)."""
         return TrainSettings(
             steps=self.steps,
             lr=self.lr,
