@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from secateur.data.batches import Batch, Data
 from secateur.data.corpora import CORPORA
 from secateur.data.sequences import sequences, single_stream
 from secateur.data.texts import Split, Text, load_text
@@ -39,9 +40,19 @@ class Windows:
     ids: Tensor
     mask: Tensor | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    unit: ClassVar[str] = "tokens"
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """These windows."""
+        chosen = list(rows)
+        return Batch(self.ids[chosen], None if self.mask is None else self.mask[chosen])
+
+    def scored(self, rows: Sequence[int]) -> int:
+        """Tokens of these windows whose prediction is scored."""
+        return self.batch(rows).predicted
 
     @property
     def length(self) -> int:
@@ -204,22 +215,22 @@ def training_windows(
 
 @dataclass(frozen=True)
 class Shuffled:
-    """An endless, deterministic order over windows: each pass a permutation of its own.
+    """An endless, deterministic order over samples: each pass a permutation of its own.
 
     A batch is named by its position alone, so a training resumes where it was by knowing its
     step, on any number of processes.
     """
 
-    windows: Windows
+    samples: Data
     seed: int = 0
 
     def rows(self, start: int, count: int) -> list[int]:
-        """Numbers of the windows at positions ``start`` ... ``start + count - 1``.
+        """Numbers of the samples at positions ``start`` ... ``start + count - 1``.
 
         >>> sorted(Shuffled(Windows(torch.zeros(4, 2, dtype=torch.int64))).rows(4, 4))
         [0, 1, 2, 3]
         """
-        n = len(self.windows)
+        n = len(self.samples)
         chosen: list[int] = []
         while len(chosen) < count:
             turn, offset = divmod(start + len(chosen), n)

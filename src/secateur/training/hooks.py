@@ -11,27 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.data.batches import Batch, ImageBatch
 from secateur.training import checkpoint
 from secateur.training.settings import TrainSettings
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows of one forward: ``ids`` (B, L) int64, ``mask`` (B, L) bool or None."""
-
-    ids: Tensor
-    mask: Tensor | None = None
-
-    @property
-    def predicted(self) -> int:
-        """Tokens whose prediction is scored."""
-        if self.mask is None:
-            return int(self.ids.shape[0] * (self.ids.shape[1] - 1))
-        return int((self.mask[:, 1:] & self.mask[:, :-1]).sum())
-
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) to the mean loss over the batch's predicted tokens."""
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) to the mean loss over the batch's predicted tokens, or images."""
 
 
 @dataclass
@@ -158,6 +143,11 @@ def autocasted(x: Tensor) -> Tensor:
     """A layer's input in the type that products are computed in, for autograd functions of our own."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def classification_loss(model: nn.Module, batch: ImageBatch) -> Tensor:
+    """Mean cross-entropy (nats) of the images' labels; the model gives logits (B, classes)."""
+    return F.cross_entropy(model(batch.pixels).float(), batch.labels)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from secateur.data.windows import Shuffled, Windows
+from secateur.data.batches import Batch, Data
+from secateur.data.windows import Shuffled
 from secateur.errors import MissingExtra, NumericsError, UsageError
 from secateur.files import told_plainly
 from secateur.progress import SILENT, Progress
 from secateur.training import checkpoint
 from secateur.training.hooks import (
-    Batch,
     Fitted,
     Hook,
     Loss,
@@ -58,7 +58,7 @@ __all__ = [
 
 def fit(
     model: nn.Module,
-    data: Windows,
+    data: Data,
     settings: TrainSettings,
     *,
     loss: Loss = next_token_loss,
@@ -75,7 +75,7 @@ def fit(
     """Train the parameters of ``model`` that require gradients, in place.
 
     Args:
-        data: windows to draw from, endlessly, each pass in another order.
+        data: windows or images to draw from, endlessly, each pass in another order.
         loss: what is minimised.
         hooks: called in this order.
         validate: a figure to make small, measured every ``settings.validate_every`` steps;
@@ -118,7 +118,7 @@ def fit(
 
 def _train(
     at: Training,
-    data: Windows,
+    data: Data,
     loss: Loss,
     hooks: tuple[Hook, ...],
     validate: Callable[[], float] | None,
@@ -143,7 +143,7 @@ def _train(
                 passed = time.perf_counter() - started
                 steps = at.step - run.fitted.resumed
                 speed = steps * run.tokens_per_step / passed
-                advance(1, f"loss {value:.4f}, {speed:,.0f} tokens/s")
+                advance(1, f"loss {value:.4f}, {speed:,.0f} {data.unit}/s")
                 run.fitted.seconds = run.seconds_before + passed
                 run.log(value, speed)
                 run.look()
@@ -162,7 +162,7 @@ class _Run:
     def __init__(
         self,
         at: Training,
-        data: Windows,
+        data: Data,
         loss: Loss,
         hooks: tuple[Hook, ...],
         validate: Callable[[], float] | None,
@@ -210,17 +210,17 @@ class _Run:
         at, settings = self.at, self.at.settings
         world, rank = at.accelerator.num_processes, at.accelerator.process_index
         rows = self.order.rows(at.step * settings.batch, settings.batch)
-        everyones = self._batch(rows)
+        everyones = self.data.scored(rows)
         mine = rows[rank::world]
         torch.manual_seed(_mixed(settings.seed, at.step, rank))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         size = settings.micro_batch or max(1, len(mine))
         for start in range(0, len(mine), size):
-            batch = self._batch(mine[start : start + size])
+            batch = self.data.batch(mine[start : start + size]).to(self.device)
             for hook in self.hooks:
                 hook.before_forward(at)
-            # Weighted by scored tokens, so that no split into forwards or processes matters.
-            share = batch.predicted / max(1, everyones.predicted)
+            # Weighted by what is scored, so that no split into forwards or processes matters.
+            share = batch.predicted / max(1, everyones)
             with at.accelerator.autocast():
                 value = self.loss(at.model, batch) * share
             at.accelerator.backward(value)
@@ -246,11 +246,6 @@ class _Run:
         self.fitted.steps = at.step
         self.fitted.tokens = at.step * self.tokens_per_step
         return loss
-
-    def _batch(self, rows: list[int]) -> Batch:
-        mask = self.data.mask
-        kept = None if mask is None else mask[rows].to(self.device)
-        return Batch(self.data.ids[rows].to(self.device), kept)
 
     def _reduce(self, total: Tensor) -> None:
         """Sum loss and gradients over processes; one message for each type of number."""
