@@ -275,7 +275,7 @@ def test_a_run_learns_saves_and_reports(tmp_path):
     assert learning["prior"]["quality"]["pruned"]["perplexity"] > 0
     assert len(learning["validations"]) == 3
     file = MaskFile(tmp_path / "run" / "learned.mask")
-    assert file.target == TARGET
+    assert set(file.patterns.values()) == {TARGET}
     assert all(torch.equal(file[name], result.masks[name]) for name in result.masks)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "The learned mask" in page
