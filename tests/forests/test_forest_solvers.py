@@ -30,7 +30,7 @@ from secateur.forests.reduction import (
 )
 from secateur.forests.solvers import push_relabel, resolve_solver, solve
 from secateur.forests.solvers.interface import PrimalDualOptions
-from secateur.forests.solvers.maxflow import integer_network, solve_maxflow
+from secateur.forests.solvers.maxflow import integer_network
 from secateur.forests.solvers.primal_dual import solve_primal_dual, tree_chunks
 
 EXACT = [
