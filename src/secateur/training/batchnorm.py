@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.errors import NumericsError, UsageError
+from secateur.training.hooks import Hook, Training
 
 
 @torch.no_grad()
@@ -75,3 +76,34 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> list[str]:
             if statistic is not None and not torch.isfinite(statistic).all():
                 raise NumericsError("the statistics are not finite", field="module", value=name)
     return list(found)
+
+
+class KeptBuffers(Hook):
+    """Keeps a model's buffers (batch norms' running statistics) with a training's checkpoint.
+
+    The loop itself keeps parameters only. With several processes each has seen other images: the
+    statistics are averaged after every step, so that all go on as one model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = {n: b for n, b in model.named_buffers() if b is not None}
+
+    @torch.no_grad()
+    def after_step(self, at: Training) -> None:
+        """See ``Hook``."""
+        if at.accelerator.num_processes == 1:
+            return
+        for buffer in self.buffers.values():
+            if buffer.is_floating_point():
+                torch.distributed.all_reduce(buffer)
+                buffer /= at.accelerator.num_processes
+
+    def state(self) -> dict[str, Tensor]:
+        """See ``Hook``."""
+        return {name: buffer.detach().clone() for name, buffer in self.buffers.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor], at: Training) -> None:
+        """See ``Hook``."""
+        for name, value in state.items():
+            self.buffers[name].copy_(value)

@@ -11,27 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.data.batches import Batch, ImageBatch
 from secateur.training import checkpoint
 from secateur.training.settings import TrainSettings
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows of one forward: ``ids`` (B, L) int64, ``mask`` (B, L) bool or None."""
-
-    ids: Tensor
-    mask: Tensor | None = None
-
-    @property
-    def predicted(self) -> int:
-        """Tokens whose prediction is scored."""
-        if self.mask is None:
-            return int(self.ids.shape[0] * (self.ids.shape[1] - 1))
-        return int((self.mask[:, 1:] & self.mask[:, :-1]).sum())
-
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) to the mean loss over the batch's predicted tokens."""
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) to the mean loss over the batch's predicted tokens, or images."""
 
 
 @dataclass
@@ -98,6 +83,10 @@ class Hook:
     def end(self, at: Training) -> None:
         """After the last step, also when it stopped early."""
 
+    def metrics(self) -> dict[str, Any]:
+        """Figures to write beside the loss of the step just done."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """What has to be kept with a checkpoint, beyond the trained parameters."""
         return {}
@@ -152,6 +141,11 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     if batch.mask is not None:
         targets = targets.masked_fill(~(batch.mask[:, 1:] & batch.mask[:, :-1]), -100)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def classification_loss(model: nn.Module, batch: ImageBatch) -> Tensor:
+    """Mean cross-entropy (nats) of the images' labels; the model gives logits (B, classes)."""
+    return F.cross_entropy(model(batch.pixels).float(), batch.labels)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
