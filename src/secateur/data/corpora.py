@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from secateur import files
 from secateur.data import cleaning
 from secateur.data.packages import Package, unpacked
 from secateur.errors import MissingExtra, SecateurError
@@ -59,7 +61,8 @@ def joined(documents: list[str]) -> str:
 
 def split_documents(text: str) -> list[str]:
     """The inverse of ``joined``; blank documents are dropped."""
-    parts = f"\n{text}\n".replace("\r\n", "\n").split(f"\n{SEPARATOR}\n")
+    lines = text.replace("\r\n", "\n")
+    parts = re.split(f"^{re.escape(SEPARATOR)}$", lines, flags=re.MULTILINE)
     return [document for part in parts if (document := part.strip())]
 
 
@@ -90,10 +93,8 @@ def corpus_documents(corpus: Corpus, part: str = "all", progress: Progress = SIL
 
 def cache_folder() -> Path:
     """Where fetched corpora are kept."""
-    if chosen := os.environ.get("SECATEUR_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "secateur" / "data"
+    folder = files.cache_folder()
+    return folder if os.environ.get("SECATEUR_CACHE") else folder / "data"
 
 
 def data_folder() -> Path | None:
