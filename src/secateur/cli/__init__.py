@@ -22,6 +22,7 @@ CLICK_ERROR: type[Any] = typer.BadParameter.__mro__[2]
 COMMANDS = (
     "prune",
     "recover",
+    "pretrain",
     "run",
     "plan",
     "evaluate",
@@ -34,7 +35,7 @@ COMMANDS = (
     "demo",
 )
 # Commands with commands of their own.
-GROUPS = ("allocate", "forest", "lottery")
+GROUPS = ("allocate", "mask", "forest", "lottery")
 
 app = typer.Typer(
     name="secateur",

@@ -130,6 +130,7 @@ class PruningAware(Hook):
         self._started: tuple[int, float] | None = None
         self._ledger: UnitLedger | None = None
         self._model: nn.Module | None = None
+        self._restored = False
 
     # -- the model as it is --------------------------------------------------------------------
 
@@ -156,10 +157,11 @@ class PruningAware(Hook):
             )
         if self._model is None:
             self.prepare(at.model)
+        if self._restored:
+            self._prepare_cut(at)
+        else:
             self._new_span(at.step)
             self._plan(at)
-        else:
-            self._prepare_cut(at)
         self.parameters = self._now().now().parameters
 
     def prepare(self, model: nn.Module) -> None:
@@ -368,7 +370,7 @@ class PruningAware(Hook):
         """See ``Hook``: the surgery done so far, on the model as it was at the start."""
         if not state:
             return
-        self._model = at.model
+        self._model, self._restored = at.model, True
         parts: dict[str, dict[str, Tensor]] = {"cut": {}, "masked": {}, "saliency": {}, "eps": {}}
         for full, tensor in state.items():
             kind, _, name = full.partition("/")
