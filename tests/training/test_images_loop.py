@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.data.batches import ImageBatch
+from secateur.data.batches import ImageBatch, Shuffled
 from secateur.training.batchnorm import KeptBuffers
 from secateur.training.hooks import classification_loss
 from secateur.training.loop import fit
@@ -23,6 +23,9 @@ class Images:
 
     def __len__(self):
         return len(self.labels)
+
+    def order(self, seed):
+        return Shuffled(self, seed)
 
     @property
     def fingerprint(self):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.data.windows import Shuffled, Windows, training_windows
+from secateur.data.batches import Shuffled
+from secateur.data.windows import Windows, training_windows
 from secateur.errors import NumericsError, UsageError
 from secateur.models.anatomy import ModelView
 from secateur.models.tiny import tiny_model, tiny_tokenizer

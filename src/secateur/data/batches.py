@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +47,39 @@ class ImageBatch:
         return ImageBatch(self.pixels.to(device), self.labels.to(device))
 
 
+class Order(Protocol):
+    """An order over samples in which a batch is named by its position alone.
+
+    So a training resumes where it was by knowing its step, on any number of processes.
+    """
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """Numbers of the samples at positions ``start`` ... ``start + count - 1``."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """An endless, deterministic order over samples: each pass a permutation of its own."""
+
+    samples: Sized
+    seed: int = 0
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """Numbers of the samples at positions ``start`` ... ``start + count - 1``.
+
+        >>> sorted(Shuffled("abcd").rows(4, 4))
+        [0, 1, 2, 3]
+        """
+        n = len(self.samples)
+        chosen: list[int] = []
+        while len(chosen) < count:
+            turn, offset = divmod(start + len(chosen), n)
+            order = list(range(n))
+            random.Random(f"{self.seed}/{turn}").shuffle(order)
+            chosen += order[offset : offset + count - len(chosen)]
+        return chosen
+
+
 class Data(Protocol):
     """Numbered samples that a training draws batches from."""
 
@@ -53,8 +87,8 @@ class Data(Protocol):
     def unit(self) -> str:
         """What speed is counted in: ``tokens`` or ``images``."""
 
-    def __len__(self) -> int:
-        """How many samples there are."""
+    def order(self, seed: int) -> Order:
+        """In which order they are drawn."""
 
     @property
     def length(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,8 @@ def joined(documents: list[str]) -> str:
 
 def split_documents(text: str) -> list[str]:
     """The inverse of ``joined``; blank documents are dropped."""
-    parts = f"\n{text}\n".replace("\r\n", "\n").split(f"\n{SEPARATOR}\n")
+    lines = text.replace("\r\n", "\n")
+    parts = re.split(f"^{re.escape(SEPARATOR)}$", lines, flags=re.MULTILINE)
     return [document for part in parts if (document := part.strip())]
 
 

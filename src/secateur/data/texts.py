@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from secateur.data.corpora import CORPORA, corpus_documents, split_documents
-from secateur.errors import MissingExtra, UsageError
+from secateur.data.documents import decoded, open_file, readable
+from secateur.errors import UsageError
 from secateur.progress import SILENT, Progress
 
 Split = Literal["train", "valid", "test", "all"]
 TEST_SHARE = 0.1
 """Share of a text without published parts that is its test part."""
-_FIELD = "text"
 
 
 @dataclass(frozen=True)
@@ -113,20 +111,11 @@ def read_documents(path: Path, spec: str = "") -> list[str]:
     """
     if path.is_dir() or not path.exists():
         raise _missing(path, spec or str(path))
-    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
-    try:
-        return readers.get(path.suffix.lower(), _plain)(path)
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"not UTF-8 text (byte {error.start})",
-            field="text",
-            value=str(path),
-            fix="convert it to UTF-8; only .txt, .jsonl and .parquet files are read",
-        ) from None
-    except OSError as error:
-        raise UsageError(
-            f"cannot be read: {error.strerror or error}", field="text", value=str(path)
-        ) from None
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".parquet"):
+        return [document for _, document in open_file(path).documents()]
+    with readable(path):
+        raw = path.read_bytes()
+    return split_documents(decoded(raw, 0, path))
 
 
 def head_and_tail(documents: list[str], share: float = TEST_SHARE) -> tuple[list[str], list[str]]:
@@ -207,51 +196,3 @@ def _missing(path: Path, spec: str) -> UsageError:
         value=spec,
         fix=f"{hint}corpora: {', '.join(CORPORA)}",
     )
-
-
-def _plain(path: Path) -> list[str]:
-    return split_documents(path.read_text(encoding="utf-8-sig"))
-
-
-def _json_lines(path: Path) -> list[str]:
-    def rows() -> Iterator[Any]:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UsageError(
-                        f"line {number} is not JSON: {error.msg}", field="text", value=str(path)
-                    ) from None
-
-    return [_field_of(row, number, path) for number, row in enumerate(rows(), start=1)]
-
-
-def _field_of(row: Any, number: int, path: Path) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(_FIELD), str):
-        fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UsageError(
-            f"row {number} has no string field '{_FIELD}' (it has: {fields})",
-            field="text",
-            value=str(path),
-            fix=f"name the column of the texts '{_FIELD}'",
-        )
-    return cast(str, row[_FIELD])
-
-
-def _parquet(path: Path) -> list[str]:
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError:
-        raise MissingExtra("pyarrow", "data", "reading a .parquet file") from None
-    try:
-        names = parquet.read_schema(path).names
-        if _FIELD not in names:
-            return [_field_of(dict.fromkeys(names), 1, path)]
-        column = parquet.read_table(path, columns=[_FIELD])[_FIELD].to_pylist()
-    except arrow.ArrowInvalid as error:
-        raise UsageError(f"not a Parquet file: {error}", field="text", value=str(path)) from None
-    return [_field_of({_FIELD: value}, number, path) for number, value in enumerate(column, 1)]

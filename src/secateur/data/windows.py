@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.data.batches import Batch, Data
+from secateur.data.batches import Batch, Shuffled
 from secateur.data.corpora import CORPORA
 from secateur.data.sequences import sequences, single_stream
 from secateur.data.texts import Split, Text, load_text
@@ -53,6 +53,10 @@ class Windows:
     def scored(self, rows: Sequence[int]) -> int:
         """Tokens of these windows whose prediction is scored."""
         return self.batch(rows).predicted
+
+    def order(self, seed: int) -> Shuffled:
+        """Endless, each pass a permutation of its own."""
+        return Shuffled(self, seed)
 
     @property
     def length(self) -> int:
@@ -191,7 +195,7 @@ def training_windows(
     """All windows of a text, or those of its first ``tokens`` tokens, to train on.
 
     Packed as for calibration, but every window is kept, in the order of the packed stream;
-    ``Shuffled`` draws from them.
+    a training draws from them (``order``).
 
     Args:
         source: as for ``calibration_windows``; of a named corpus the train part.
@@ -211,33 +215,6 @@ def training_windows(
     else:
         windows = _given(source, None)
     return windows if vocabulary is None else windows.check_vocabulary(vocabulary)
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """An endless, deterministic order over samples: each pass a permutation of its own.
-
-    A batch is named by its position alone, so a training resumes where it was by knowing its
-    step, on any number of processes.
-    """
-
-    samples: Data
-    seed: int = 0
-
-    def rows(self, start: int, count: int) -> list[int]:
-        """Numbers of the samples at positions ``start`` ... ``start + count - 1``.
-
-        >>> sorted(Shuffled(Windows(torch.zeros(4, 2, dtype=torch.int64))).rows(4, 4))
-        [0, 1, 2, 3]
-        """
-        n = len(self.samples)
-        chosen: list[int] = []
-        while len(chosen) < count:
-            turn, offset = divmod(start + len(chosen), n)
-            order = list(range(n))
-            random.Random(f"{self.seed}/{turn}").shuffle(order)
-            chosen += order[offset : offset + count - len(chosen)]
-        return chosen
 
 
 def text_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:

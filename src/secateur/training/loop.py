@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from secateur.data.batches import Batch, Data
-from secateur.data.windows import Shuffled
 from secateur.errors import MissingExtra, NumericsError, UsageError
 from secateur.files import told_plainly
 from secateur.progress import SILENT, Progress
@@ -75,7 +74,7 @@ def fit(
     """Train the parameters of ``model`` that require gradients, in place.
 
     Args:
-        data: windows or images to draw from, endlessly, each pass in another order.
+        data: windows or images to draw from, in the order they give.
         loss: what is minimised.
         hooks: called in this order.
         validate: a figure to make small, measured every ``settings.validate_every`` steps;
@@ -143,7 +142,8 @@ def _train(
                 passed = time.perf_counter() - started
                 steps = at.step - run.fitted.resumed
                 speed = steps * run.tokens_per_step / passed
-                advance(1, f"loss {value:.4f}, {speed:,.0f} {data.unit}/s")
+                of = f"{run.fitted.tokens:,} of {run.tokens_per_step * settings.steps:,}"
+                advance(1, f"loss {value:.4f}, {of} {data.unit}, {speed:,.0f}/s")
                 run.fitted.seconds = run.seconds_before + passed
                 run.log(value, speed)
                 run.look()
@@ -171,7 +171,7 @@ class _Run:
     ) -> None:
         self.at, self.loss, self.hooks, self.validate = at, loss, hooks, validate
         self.data, self.folder = data, folder
-        self.order = Shuffled(data, at.settings.seed)
+        self.order = data.order(at.settings.seed)
         self.device = next(iter(at.named.values())).device
         self.tokens_per_step = at.settings.batch * data.length
         total = sum(p.numel() for p in at.model.parameters())
@@ -209,7 +209,7 @@ class _Run:
         """Accumulate, reduce, clip, update; returns the loss over the global batch."""
         at, settings = self.at, self.at.settings
         world, rank = at.accelerator.num_processes, at.accelerator.process_index
-        rows = self.order.rows(at.step * settings.batch, settings.batch)
+        rows = self._rows()
         everyones = self.data.scored(rows)
         mine = rows[rank::world]
         torch.manual_seed(_mixed(settings.seed, at.step, rank))
@@ -246,6 +246,14 @@ class _Run:
         self.fitted.steps = at.step
         self.fitted.tokens = at.step * self.tokens_per_step
         return loss
+
+    def _rows(self) -> list[int]:
+        """The step's samples; where there are no more, what was trained so far is kept."""
+        try:
+            return self.order.rows(self.at.step * self.at.settings.batch, self.at.settings.batch)
+        except UsageError:
+            self.save()
+            raise
 
     def _reduce(self, total: Tensor) -> None:
         """Sum loss and gradients over processes; one message for each type of number."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from secateur.data.windows import Windows
+from secateur.data.batches import Data
 from secateur.errors import UsageError
 from secateur.models.anatomy import ModelView
 from secateur.progress import SILENT, Progress
@@ -87,7 +87,7 @@ def refuse_filling(kind: str | None, masked: bool) -> None:
 def perp(
     view: ModelView,
     masks: Mapping[str, Tensor],
-    data: Windows,
+    data: Data,
     settings: TrainSettings,
     *,
     train: Sequence[str],
@@ -164,7 +164,7 @@ def perp(
 def _fit(
     view: ModelView,
     masks: Mapping[str, Tensor],
-    data: Windows,
+    data: Data,
     settings: TrainSettings,
     chosen: Chosen,
     loss: Loss,
