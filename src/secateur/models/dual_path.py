@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur.errors import UsageError
-from secateur.models.channel_groups import ChannelGroup, ChannelGroups
+from secateur.models.attention_heads import narrow_attention
+from secateur.models.channel_graph import ChannelGroup, ChannelGroups
 from secateur.models.channel_surgery import shrink_channels
 from secateur.models.units import along, parameters_of
 
@@ -50,36 +51,28 @@ class DualPath:
     """A model's two executions over its prunable groups.
 
     Args:
-        model: whose parameters are used; it is never changed.
+        model: whose parameters are used; they are never changed. ``nn.MultiheadAttention`` is
+            replaced by the project's own, with the same parameters under the same names.
         groups: its groups; those that are not prunable stay as they are.
-
-    Raises:
-        UsageError: a norm over gated units that is neither batch norm nor LayerNorm.
     """
 
     def __init__(self, model: nn.Module, groups: ChannelGroups) -> None:
         self.model, self.groups = model, groups
-        self._modules = dict(model.named_modules())
+        read = {port.module for group in groups.prunable for port in group.inputs}
+        # PyTorch's own attention never calls its output projection: nothing could be multiplied.
+        narrow_attention(model, read | {name.removesuffix(".out_proj") for name in read})
+        modules = dict(model.named_modules())
         self._shell: tuple[tuple[tuple[str, int], ...], nn.Module] | None = None
         self._ports: dict[str, list[tuple[str, Tensor]]] = {}
-        self._layer_norms: dict[str, list[tuple[str, Tensor]]] = {}
+        self._norms: dict[str, list[tuple[str, Tensor]]] = {}
         for group in groups.prunable:
             for port in group.inputs:
                 self._ports.setdefault(port.module, []).append((group.key, port.index))
             for part in group.slices:
                 name, _, leaf = part.parameter.rpartition(".")
-                module = self._modules.get(name)
-                if part.role != "norm" or leaf != "weight":
-                    continue
-                if isinstance(module, nn.LayerNorm):
-                    self._layer_norms.setdefault(name, []).append((group.key, part.index))
-                elif not isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    raise UsageError(
-                        f"a {type(module).__name__} cannot be run softly",
-                        field="group",
-                        value=group.key,
-                        fix=f"protect the group, or use batch norm or LayerNorm at '{name}'",
-                    )
+                mixes = isinstance(modules.get(name), nn.LayerNorm | nn.RMSNorm)
+                if part.role == "norm" and leaf == "weight" and mixes:
+                    self._norms.setdefault(name, []).append((group.key, part.index))
 
     # -- soft ----------------------------------------------------------------------------------
 
@@ -89,12 +82,12 @@ class DualPath:
         handles = []
         try:
             for name, ports in self._ports.items():
-                hook = _gating(self._modules[name], ports, gates)
-                handles.append(self._modules[name].register_forward_pre_hook(hook))
-            for name, ports in self._layer_norms.items():
-                handles.append(
-                    self._modules[name].register_forward_hook(_weighing(ports, gates))
-                )
+                module = self.model.get_submodule(name)
+                hook = _gating(module, ports, gates)
+                handles.append(module.register_forward_pre_hook(hook))
+            for name, ports in self._norms.items():
+                module = self.model.get_submodule(name)
+                handles.append(module.register_forward_hook(_weighing(ports, gates)))
             yield
         finally:
             for handle in handles:
@@ -167,7 +160,9 @@ def _gating(
             return None
         shape = [1] * x.dim()
         shape[dim] = -1
-        return (x * gate.to(x.dtype).view(shape), *args[1:])
+        gated = x * gate.to(x.dtype).view(shape)
+        # Self-attention gets the same tensor as query, key and value.
+        return tuple(gated if arg is x else arg for arg in args)
 
     return hook
 
@@ -175,20 +170,23 @@ def _gating(
 def _weighing(
     ports: list[tuple[str, Tensor]], gates: Gates
 ) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    """A forward hook that gives a LayerNorm the mean and variance weighed by gates."""
+    """A forward hook that gives a LayerNorm (or RMSNorm) its statistics weighed by the gates."""
 
     def hook(module: Any, args: tuple[Any, ...], output: Any) -> Any:
         x = args[0].float()
         gate = _unit_gates(ports, gates, x.shape[-1])
         if gate is None:
             return None
-        share = gate.float() / gate.sum().float()
-        centred = x - (x * share).sum(-1, keepdim=True)
-        variance = (centred.square() * share).sum(-1, keepdim=True)
-        y = centred * (variance + module.eps).rsqrt()
+        share = gate.float() / gate.float().sum()
+        eps = module.eps
+        if isinstance(module, nn.LayerNorm):
+            x = x - (x * share).sum(-1, keepdim=True)
+        elif eps is None:
+            eps = torch.finfo(x.dtype).eps
+        y = x * ((x.square() * share).sum(-1, keepdim=True) + eps).rsqrt()
         if module.weight is not None:
             y = y * module.weight
-        if module.bias is not None:
+        if getattr(module, "bias", None) is not None:
             y = y + module.bias
         return y.to(output.dtype)
 
