@@ -191,6 +191,7 @@ class LearnedWidths(Hook):
         self._step, self._done, self._moving, self._counted = 0, 0.0, False, 0
         self._gap: dict[str, Tensor] = {}
         self._fused: dict[str, Tensor] = {}
+        self._broken = ""
         self._check_target()
 
     def _check_target(self) -> None:
@@ -336,15 +337,10 @@ class LearnedWidths(Hook):
         if at.accelerator.num_processes > 1:
             counted = _summed([*task.values(), *gap.values()], counted)
         gap = {k: g / counted for k, g in gap.items()} if counted else {}
-        for what, gradients in (("task", task), ("gap", gap)):
-            for key, gradient in gradients.items():
-                if not torch.isfinite(gradient).all():
-                    raise NumericsError(
-                        f"the {what}'s gradient for the mask is not finite at step {at.step + 1}",
-                        field="group",
-                        value=key,
-                        fix="a lower lr, or auto_temperature: true",
-                    )
+        # Raised after the step, unless the loop finds the loss itself broken and puts things right.
+        self._broken = next(
+            (k for part in (task, gap) for k, g in part.items() if not torch.isfinite(g).all()), ""
+        )
         flops, share = self._flops_gradient()
         self._fused = fuse(
             task, gap, flops, pressure(share, self.options.flops, self.options.relax),
@@ -369,6 +365,13 @@ class LearnedWidths(Hook):
     @torch.no_grad()
     def after_step(self, at: Training) -> None:
         """See ``Hook``: the masks' own step; the widths settle when their time is over."""
+        if self._broken:
+            raise NumericsError(
+                f"the gradient of the group's mask is not finite at step {at.step}",
+                field="group",
+                value=self._broken,
+                fix="a lower lr, or auto_temperature: true",
+            )
         if self._moving:
             settings = at.settings
             rate = self.options.lr * settings.rate(at.step - 1) / settings.lr
@@ -386,16 +389,17 @@ class LearnedWidths(Hook):
     @torch.no_grad()
     def settle(self) -> None:
         """FLOPs alone move the masks until they are within the tolerance, or as near as they come."""
-        best, least = {k: u.clone() for k, u in self.logits.items()}, math.inf
-        rate = self.options.lr
+        best, least, idle = {k: u.clone() for k, u in self.logits.items()}, math.inf, 0
+        rate, relax = self.options.lr, self.options.relax
         for _ in range(SETTLING):
             with torch.enable_grad():
                 gradients, share = self._flops_gradient()
             off = abs(share - self.options.flops)
+            idle += 1
             if off < least:
-                best, least = {k: u.clone() for k, u in self.logits.items()}, off
+                best, least, idle = {k: u.clone() for k, u in self.logits.items()}, off, 0
             size = norm(gradients) / math.sqrt(len(gradients))
-            if off <= self.options.relax / 2 or size == 0:
+            if off <= relax / 2 or size == 0 or (least <= relax and idle >= 50):
                 break
             for key, gradient in gradients.items():
                 u = self.logits[key]
