@@ -43,6 +43,11 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return x, (margin + rng.logistic(size=len(x)) > 0).astype(int)
 
 
+def peak_gb() -> float:
+    """The most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def measure(
     trees: int, solvers: list[str], lams: list[float], grid: int, forest_file: Path
 ) -> dict:
@@ -63,6 +68,7 @@ def measure(
     programme = build_programme(flat, errors, costs, x[TRAIN:], n_jobs=2)
     record["build_s"] = time.perf_counter() - start
     record["build_cpu_s"] = time.process_time() - cpu
+    record["build_peak_gb"] = peak_gb()
     record["first_uses"] = len(programme.full.key)
     record["pairs"] = programme.full.n_keys
     record["solve"] = []
@@ -81,6 +87,7 @@ def measure(
                 "relative_gap": float(cut.gap * programme.unit / (error + lam * cost)),
                 "rounds": cut.iterations,
                 "kept": int(cut.kept.sum()),
+                "peak_gb_so_far": peak_gb(),
             }
             print(trees, row, flush=True)
             record["solve"].append(row)
@@ -97,7 +104,7 @@ def measure(
             "solver": solvers[0],
             "cost": path.cost.tolist(),
         }
-    record["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    record["peak_gb"] = peak_gb()
     return record
 
 
@@ -116,7 +123,7 @@ def main() -> None:
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    exact = ["ortools", "scipy"] if find_spec("ortools") else ["scipy"]
+    exact = ["ortools", "push_relabel"] if find_spec("ortools") else ["push_relabel"]
     solvers = arguments.solvers or [*exact, "primal_dual"]
     forest_file = arguments.out.with_suffix(".npz")
     if arguments.one:

@@ -18,6 +18,7 @@ _LAZY = {
     "allocate": "secateur.api",
     "evaluate": "secateur.api",
     "apply_mask": "secateur.models.mask_file",
+    "pretrain": "secateur.api",
     "recover": "secateur.api",
     "load_pruned": "secateur.export.loading",
     "save_pruned": "secateur.export.pruned",
@@ -41,6 +42,7 @@ __all__ = [
     "apply_mask",
     "evaluate",
     "load_pruned",
+    "pretrain",
     "prune",
     "prune_heads",
     "recover",
@@ -49,7 +51,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from secateur.api import allocate, evaluate, prune, recover
+    from secateur.api import allocate, evaluate, pretrain, prune, recover
     from secateur.errors import SecateurError, UsageError
     from secateur.export.loading import load_pruned
     from secateur.export.pruned import save_pruned

@@ -13,12 +13,14 @@ from secateur.models.checks import fingerprint_model
 from secateur.models.loading import Loaded
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Evaluation, Recipe, Recovery, build_part
+from secateur.recipe_parts import Pretraining
 from secateur.run.allocating import allocate_plan
 from secateur.run.evaluate import evaluate_model as evaluate
+from secateur.run.pretraining import pretrain_model
 from secateur.run.recovering import recover_model
 from secateur.run.runner import Result, execute
 
-__all__ = ["allocate", "evaluate", "prune", "recover"]
+__all__ = ["allocate", "evaluate", "pretrain", "prune", "recover"]
 
 
 def prune(
@@ -227,6 +229,69 @@ def recover(
         fresh=fresh,
         progress=progress,
         command="secateur.recover(...)",
+    )
+
+
+def pretrain(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    keep_params: float | str = 0.5,
+    tokens: int | str = "2M",
+    text: Any = "pydoc",
+    evaluation: str | Mapping[str, Any] | Evaluation | None = None,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> Result:
+    """Train a language model on while it shrinks to a budget (EfficientLLM).
+
+    Args:
+        model: hub id, folder, ``"demo"``, ``"tiny"``, or a transformers model in memory, which is
+            then trained and cut in place.
+        tokenizer: needed with a model in memory, unless ``text`` is tokens already.
+        keep_params: share of the parameters to end with, or a number (``"100M"``).
+        tokens: how many to train on (``"2M"``).
+        text: files, named corpora, documents, or a source of token windows.
+        evaluation: as for ``prune``; also looked at on the way.
+        out: the run's folder (resumable, with report); None keeps everything in memory.
+        **settings: any other field of ``secateur.recipe_parts.Pretraining`` (``lr``, ``batch``,
+            ``kinds``, ``prune_until``, ``distil`` ...).
+
+    Returns:
+        The smaller model and the report; ``report["pretraining"]`` holds what went when.
+
+    Raises:
+        SecateurError: naming field, value and fix.
+
+    Examples:
+        >>> import secateur
+        >>> small = secateur.pretrain("tiny", keep_params=0.8, tokens=1024, length=64, batch=4)
+        >>> small.report["structure"]["parameters"]["after"] <= 0.8 * 2_755_008
+        True
+    """
+    named = isinstance(text, str | Path) or (
+        isinstance(text, list) and all(isinstance(t, Path) for t in text)
+    )
+    values = {"keep_params": keep_params, "tokens": tokens, **settings}
+    if named:
+        values["text"] = [str(t) for t in text] if isinstance(text, list) else str(text)
+    measured = {"text": evaluation} if isinstance(evaluation, str) else evaluation
+    if measured is not None and not isinstance(measured, Evaluation):
+        measured = build_part(Evaluation, "evaluation", dict(measured))
+    source: Any = str(model) if isinstance(model, str | Path) else None
+    if isinstance(model, nn.Module):
+        source = Loaded(model, tokenizer, None, _name(model), fingerprint_model(model))
+    return pretrain_model(
+        source,
+        build_part(Pretraining, "pretraining", values),
+        out=None if out is None else Path(out),
+        evaluation=measured,
+        text=None if named else text,
+        fresh=fresh,
+        progress=progress,
+        command="secateur.pretrain(...)",
     )
 
 

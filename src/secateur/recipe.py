@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from secateur.errors import UsageError
 from secateur.masks.target import Scope, Target
+from secateur.recipe_parts import Part as _Part
+from secateur.recipe_parts import Pretraining
 
 Quality = Literal["fast", "good", "best"]
 
@@ -35,10 +37,6 @@ _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789
 def read_yaml(text: str) -> Any:
     """What the YAML says, with ``2:4`` and ``64:8`` as written."""
     return yaml.load(text, Loader=_Loader)
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class Calibration(_Part):
@@ -242,6 +240,9 @@ class Recipe(_Part):
         description="what survivors are fitted to: the block's own outputs, or the dense model's",
     )
     recovery: Recovery | None = Field(None, description="training after the cut; null: none")
+    pretraining: Pretraining | None = Field(
+        None, description="pruning-aware pretraining, instead of a cut; null: none"
+    )
     evaluation: Evaluation | None = Evaluation()
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     dtype: str = Field("auto", description="auto: float32 on CPU, the checkpoint's own on a GPU")
@@ -398,6 +399,7 @@ _PARTS: dict[str, type[_Part]] = {
     "structure": Structure,
     "search": Search,
     "recovery": Recovery,
+    "pretraining": Pretraining,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -107,8 +107,8 @@ def test_duplicated_examples_are_weights() -> None:
     rows = np.repeat(np.arange(len(y)), times.astype(int))
     repeated = state(forest, x[rows], y[rows], costs)
     for lam in LAMBDAS:
-        one = weighted.lift(solve(weighted.reduced, weighted.price(lam), "scipy").kept)
-        two = repeated.lift(solve(repeated.reduced, repeated.price(lam), "scipy").kept)
+        one = weighted.lift(solve(weighted.reduced, weighted.price(lam), "push_relabel").kept)
+        two = repeated.lift(solve(repeated.reduced, repeated.price(lam), "push_relabel").kept)
         assert (one == two).all()
         assert weighted.measure(one) == pytest.approx(repeated.measure(two))
 
@@ -120,8 +120,8 @@ def test_duplicated_trees_share_their_costs() -> None:
     forest.estimators_ = forest.estimators_ * 2
     double = state(forest, x, y, costs)
     for lam in LAMBDAS:
-        one = single.lift(solve(single.reduced, single.price(lam), "scipy").kept)
-        two = double.lift(solve(double.reduced, double.price(lam), "scipy").kept)
+        one = single.lift(solve(single.reduced, single.price(lam), "push_relabel").kept)
+        two = double.lift(solve(double.reduced, double.price(lam), "push_relabel").kept)
         assert (np.tile(one, 2) == two).all()
         assert single.measure(one) == pytest.approx(double.measure(two))
 
@@ -134,8 +134,8 @@ def test_order_of_trees_examples_and_features_does_not_matter() -> None:
     forest.estimators_ = [forest.estimators_[t] for t in rng.permutation(6)]
     shuffled = state(forest, x[rows], y[rows], costs)
     for lam in LAMBDAS:
-        one = solve(programme.reduced, programme.price(lam), "scipy")
-        two = solve(shuffled.reduced, shuffled.price(lam), "scipy")
+        one = solve(programme.reduced, programme.price(lam), "push_relabel")
+        two = solve(shuffled.reduced, shuffled.price(lam), "push_relabel")
         assert one.profit == pytest.approx(two.profit)
         assert one.kept.sum() == two.kept.sum()
 
@@ -145,7 +145,7 @@ def test_one_group_costs_its_price_times_the_share_that_asks() -> None:
     costs = feature_costs(3.0, ["all"] * 30, [f"x{i}" for i in range(30)])
     programme = state(forest, x, y, costs)
     for lam in (1e-3, 0.05):
-        kept = programme.lift(solve(programme.reduced, programme.price(lam), "scipy").kept)
+        kept = programme.lift(solve(programme.reduced, programme.price(lam), "push_relabel").kept)
         _, cost = programme.measure(kept)
         # With one group an example pays as soon as any root splits: all or nothing.
         assert cost == pytest.approx(3.0 * kept.any())
@@ -155,7 +155,7 @@ def test_free_features_cost_nothing_and_stay() -> None:
     forest, x, y, _ = cancer_case(8)
     free = feature_costs(0.0, None, [f"x{i}" for i in range(30)])
     programme = state(forest, x, y, free)
-    path = full_path(programme.reduced, solver="scipy")
+    path = full_path(programme.reduced, solver="push_relabel")
     assert len(path.breakpoints) == 0
     assert path.cost.tolist() == [0.0]
     some = feature_costs([0.0] * 15 + [1.0] * 15, None, [f"x{i}" for i in range(30)])
@@ -185,7 +185,7 @@ def test_model_scope_pays_once_for_what_the_model_uses() -> None:
     programme = state(forest, x, y, costs, cost_scope="model")
     for lam in LAMBDAS:
         price = programme.price(lam)
-        exact, oracle = (solve(programme.reduced, price, s) for s in ("scipy", "lp"))
+        exact, oracle = (solve(programme.reduced, price, s) for s in ("push_relabel", "lp"))
         assert exact.profit == pytest.approx(oracle.profit)
 
 
@@ -193,7 +193,7 @@ def test_model_scope_pays_once_for_what_the_model_uses() -> None:
 def test_node_losses_match_their_definitions(loss: str) -> None:
     forest, x, y, costs = tiny_case(6, trees=2, depth=3)
     programme = state(forest, x, y, costs, loss=loss)
-    kept = programme.lift(solve(programme.reduced, programme.price(0.01), "scipy").kept)
+    kept = programme.lift(solve(programme.reduced, programme.price(0.01), "push_relabel").kept)
     error, _ = programme.measure(kept)
     pruned = rebuild_forest(forest, flatten(forest), programme.over_all_nodes(kept))
     target = np.searchsorted(forest.classes_, y)

@@ -23,7 +23,7 @@ def programme():
 @given(problem=closure_problems())
 @settings(max_examples=60, deadline=None)
 def test_path_is_the_lower_envelope_of_all_prunings(problem: ClosureProblem) -> None:
-    path = full_path(problem, solver="scipy")
+    path = full_path(problem, solver="push_relabel")
     assert path.complete
     lines = [problem.measure(kept) for kept in closed_sets(problem.parent)]
     inside = path.breakpoints
@@ -36,7 +36,7 @@ def test_path_is_the_lower_envelope_of_all_prunings(problem: ClosureProblem) -> 
 
 def test_points_are_monotone_nested_and_measured(programme) -> None:
     problem = programme.reduced
-    path = full_path(problem, solver="scipy")
+    path = full_path(problem, solver="push_relabel")
     assert len(path.breakpoints) > 5
     assert (np.diff(path.breakpoints) < 0).all()
     assert (np.diff(path.gain) > 0).all()
@@ -51,12 +51,12 @@ def test_points_are_monotone_nested_and_measured(programme) -> None:
         before = kept
     # Between breakpoints, the path agrees with a cut made there.
     for price in np.sqrt(path.breakpoints[1:] * path.breakpoints[:-1]):
-        assert (solve(problem, price, "scipy").kept == path.kept(price)).all()
+        assert (solve(problem, price, "push_relabel").kept == path.kept(price)).all()
 
 
 def test_a_short_path_holds_only_points_of_the_whole_one(programme) -> None:
-    whole = full_path(programme.reduced, solver="scipy")
-    short = full_path(programme.reduced, points=6, solver="scipy")
+    whole = full_path(programme.reduced, solver="push_relabel")
+    short = full_path(programme.reduced, points=6, solver="push_relabel")
     assert not short.complete
     assert len(short.cost) == 6
     known = set(np.round(whole.cost, 9))
@@ -65,18 +65,18 @@ def test_a_short_path_holds_only_points_of_the_whole_one(programme) -> None:
 
 
 def test_grid_path_equals_separate_cuts(programme) -> None:
-    whole = full_path(programme.reduced, solver="scipy")
+    whole = full_path(programme.reduced, solver="push_relabel")
     prices = np.geomspace(whole.breakpoints[-1] * 0.5, whole.breakpoints[0] * 2, 9)
-    grid = grid_path(programme.reduced, prices, solver="scipy")
+    grid = grid_path(programme.reduced, prices, solver="push_relabel")
     assert grid.cuts <= len(prices)
     for price in prices:
-        assert (grid.kept(price) == solve(programme.reduced, price, "scipy").kept).all()
+        assert (grid.kept(price) == solve(programme.reduced, price, "push_relabel").kept).all()
 
 
 def test_budget_gets_the_two_neighbouring_hull_points(programme) -> None:
-    whole = full_path(programme.reduced, solver="scipy")
+    whole = full_path(programme.reduced, solver="push_relabel")
     for budget in np.linspace(0, whole.cost[-1] * 1.1, 13):
-        path, index = bracket(programme.reduced, budget, solver="scipy")
+        path, index = bracket(programme.reduced, budget, solver="push_relabel")
         expected = int(np.flatnonzero(whole.cost <= budget + 1e-12)[-1])
         assert path.cost[index] == pytest.approx(whole.cost[expected])
         kept = path.kept_at_point(index)
@@ -89,7 +89,7 @@ def test_budget_gets_the_two_neighbouring_hull_points(programme) -> None:
 def test_the_ends_are_no_cost_and_cost_free_pruning() -> None:
     forest, x, y, costs = tiny_case(7)
     programme = state(forest, x, y, costs)
-    path = full_path(programme.reduced, solver="scipy")
+    path = full_path(programme.reduced, solver="push_relabel")
     assert path.cost[0] == 0
     assert not path.kept(1e9).any()
     # Reduced-error pruning: the best error of each tree by itself, whatever features cost.

@@ -28,13 +28,13 @@ from secateur.forests.reduction import (
     reduce_problem,
     settle_at_price,
 )
-from secateur.forests.solvers import flow_scipy, resolve_solver, solve
+from secateur.forests.solvers import push_relabel, resolve_solver, solve
 from secateur.forests.solvers.interface import PrimalDualOptions
-from secateur.forests.solvers.maxflow import integer_network, solve_maxflow
+from secateur.forests.solvers.maxflow import integer_network
 from secateur.forests.solvers.primal_dual import solve_primal_dual, tree_chunks
 
 EXACT = [
-    "scipy",
+    "push_relabel",
     "lp",
     pytest.param(
         "ortools", marks=pytest.mark.skipif(not find_spec("ortools"), reason="needs ortools")
@@ -86,7 +86,7 @@ def test_all_solvers_agree_with_enumeration_of_rebuilt_forests(seed: int) -> Non
     prunings = list(every_pruned_forest(forest))
     for lam in LAMBDAS:
         truth = min(independent_objective(pruned, x, y, costs, lam) for _, pruned in prunings)
-        for solver in ("scipy", "lp"):
+        for solver in ("push_relabel", "lp"):
             cut = solve(programme.reduced, programme.price(lam), solver)
             error, cost = programme.measure(programme.lift(cut.kept))
             assert error + lam * cost == pytest.approx(truth, abs=1e-12)
@@ -148,7 +148,7 @@ def test_primal_dual_closes_the_gap_on_a_real_forest() -> None:
     programme = state(forest, x, y, costs)
     for lam in (0.003, 0.01, 0.03):
         price = programme.price(lam)
-        exact = solve(programme.reduced, price, "scipy")
+        exact = solve(programme.reduced, price, "push_relabel")
         near, published = (
             solve(programme.reduced, price, "primal_dual", PrimalDualOptions(400, steps=steps))
             for steps in ("averaged", "published")
@@ -172,31 +172,47 @@ def test_threads_do_not_change_the_primal_dual(monkeypatch: pytest.MonkeyPatch) 
     assert three.bound == pytest.approx(one.bound, rel=1e-6)
 
 
+@pytest.mark.parametrize("search_after", [0, 6])
 @given(problem=closure_problems(), price=st.sampled_from([0.37, 1.1]))
 @settings(max_examples=40, deadline=None)
-def test_flow_is_refined_when_one_round_of_31_bits_is_not_enough(
-    problem: ClosureProblem, price: float
+def test_push_relabel_sends_a_real_flow(
+    search_after: int, problem: ClosureProblem, price: float
 ) -> None:
-    """With a 'word' of 6 bits the same digits must come out in more rounds."""
+    """Not only the value: conservation at every vertex, nothing above a capacity."""
     problem, _ = in_whole_units(problem, price)
-    whole = solve_maxflow(problem, "scipy")
-    limit = flow_scipy.ROUND_LIMIT
-    try:
-        flow_scipy.ROUND_LIMIT = 63
-        digits = solve_maxflow(problem, "scipy")
-    finally:
-        flow_scipy.ROUND_LIMIT = limit
-    assert (digits.kept == whole.kept).all()
-    assert digits.bound == whole.bound
+    network = integer_network(problem)
+    node, starts, users = push_relabel._transposed(problem.ptr, problem.key, problem.n_keys)
+    child, sibling = push_relabel._children(problem.parent)
+    graph = (problem.parent, child, sibling, problem.ptr, problem.key, node, starts, users)
+    drain, toll, unsent = network.drain.copy(), network.toll.copy(), network.supply.copy()
+    excess = np.concatenate([network.supply, np.zeros(problem.n_keys, dtype=np.int64)])
+    along, up = np.zeros(len(problem.key), np.int64), np.zeros(problem.n_nodes, np.int64)
+    push_relabel._preflow(*graph, drain, toll, excess, along, up, search_after)
+    push_relabel._hand_back(*graph, unsent, excess, along, up)
+    for amount, limit in ((drain, network.drain), (toll, network.toll), (unsent, network.supply)):
+        assert ((amount >= 0) & (amount <= limit)).all()
+    assert (along >= 0).all()
+    assert (up >= 0).all()
+    enters = network.supply - unsent
+    inner = problem.parent >= 0
+    np.add.at(enters, problem.parent[inner], up[inner])
+    assert not up[~inner].any()
+    leaves = up + (network.drain - drain)
+    np.add.at(leaves, node, along)
+    assert (enters == leaves).all()
+    to_keys = np.bincount(problem.key, weights=along, minlength=problem.n_keys)
+    assert (to_keys == network.toll - toll).all()
 
 
-def test_more_than_one_round_happens() -> None:
+@pytest.mark.skipif(not find_spec("ortools"), reason="needs ortools")
+def test_both_backends_agree_on_a_real_forest() -> None:
     programme = state(*cancer_case())
-    whole, _ = in_whole_units(programme.reduced, programme.price(0.0031))
-    network = integer_network(whole)
-    assert network.total > 2**40
-    _, _, rounds = flow_scipy.minimum_cut(network)
-    assert rounds > 1
+    for lam in (0.0031, 0.01, 0.02):
+        ours, theirs = (
+            solve(programme.reduced, programme.price(lam), s) for s in ("push_relabel", "ortools")
+        )
+        assert (ours.kept == theirs.kept).all()
+        assert ours.bound == theirs.bound
 
 
 def test_scaling_cuts_huge_charges_off_instead_of_overflowing() -> None:
@@ -213,8 +229,8 @@ def test_scaling_cuts_huge_charges_off_instead_of_overflowing() -> None:
         whole, unit = in_whole_units(problem, price)
         assert 0 < integer_network(whole).toll[0] < 2**60
         assert unit == 2.0**-46
-        assert not solve(problem, price, "scipy").kept.any()
-    assert solve(problem, 1e-301, "scipy").kept.all()
+        assert not solve(problem, price, "push_relabel").kept.any()
+    assert solve(problem, 1e-301, "push_relabel").kept.all()
     with pytest.raises(NumericsError, match="finite"):
         in_whole_units(problem, np.inf)
     with pytest.raises(NumericsError, match="finite"):
@@ -251,6 +267,6 @@ def test_unknown_and_missing_solvers_are_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ForestInputError, match="solver='simplex'"):
         resolve_solver("simplex")
     monkeypatch.setattr("secateur.forests.solvers.interface.find_spec", lambda name: None)
-    assert resolve_solver("auto") == resolve_solver("maxflow") == "scipy"
+    assert resolve_solver("auto") == resolve_solver("maxflow") == "push_relabel"
     with pytest.raises(MissingExtra, match="ortools"):
         resolve_solver("ortools")

@@ -146,6 +146,25 @@ def test_exclusive_pools_use_a_neuron_once(kind):
         assert len(np.unique(used)) == len(used)
 
 
+@pytest.mark.parametrize("size", [15, 300, 1500])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_first_come_compiled_is_the_plain_one(size, sign):
+    """Also in what short pools leave open, and with neurons in place of outputs without demand."""
+    pytest.importorskip("numba")
+    gamma, bits = BASES["golden"], 8
+    law = Law("hyperbolic", 1.0, bits * math.log(1 / gamma))
+    edges = gamma ** np.arange(bits + 1)
+    demand = np.random.default_rng(size).uniform(-1, 1, (3, 12))
+    demand[1, ::2] = 0
+    pools = pools_of(law, 3, size)
+    one, two = (exclusive.bitwise(pools, sign, demand, edges, "batch", e) for e in ENGINES)
+    assert np.array_equal(one.neurons, two.neurons)
+    assert np.allclose(one.residual, two.residual, atol=1e-15)
+    assert np.array_equal(one.empty, two.empty)
+    if size != 300:
+        assert (one.empty.sum() > 0) == (size == 15)
+
+
 @pytest.mark.parametrize("kind", ["batch", "matching"])
 def test_a_pool_without_usable_neurons_is_all_empty_slots(kind):
     edges = 2.0 * BASES["golden"] ** np.arange(6)

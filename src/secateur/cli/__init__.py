@@ -22,6 +22,7 @@ CLICK_ERROR: type[Any] = typer.BadParameter.__mro__[2]
 COMMANDS = (
     "prune",
     "recover",
+    "pretrain",
     "run",
     "plan",
     "evaluate",

@@ -37,4 +37,9 @@ def command(
         progress=common.progress(as_json),
         command=common.command_line(),
     )
-    show(result.report, as_json)
+    if result.report.get("pretraining"):
+        from secateur.cli.pretrain import show as show_pretraining
+
+        show_pretraining(result.report, as_json)
+    else:
+        show(result.report, as_json)

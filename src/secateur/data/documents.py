@@ -90,7 +90,7 @@ def stretches(document: str, start: int = 0) -> Iterator[tuple[int, int]]:
         start = end
 
 
-class _File(Source):
+class File(Source):
     """A file on disk."""
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +117,7 @@ class _File(Source):
         return {"name": name, "bytes": self.size, "sha256": digest, "hashed": kind}
 
 
-class PlainText(_File):
+class PlainText(File):
     """UTF-8 text; lines that are just ``<|endoftext|>`` separate documents.
 
     What a document begins and ends with of blanks and blank lines is not part of it.
@@ -166,7 +166,7 @@ class PlainText(_File):
                 fresh = raw.endswith(b"\n")
 
 
-class JsonLines(_File):
+class JsonLines(File):
     """One JSON object a line, the document in one of its fields."""
 
     def __init__(self, path: Path, field: str = FIELD) -> None:
@@ -196,7 +196,7 @@ class JsonLines(_File):
                     yield place, text
 
 
-class Parquet(_File):
+class Parquet(File):
     """One document a row, in one column."""
 
     def __init__(self, path: Path, field: str = FIELD) -> None:

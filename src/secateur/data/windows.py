@@ -237,7 +237,7 @@ def _packed(text: Text, tokenizer: Any, wanted: int, seed: int) -> tuple[Tensor,
     """One stream of at least ``SURPLUS * wanted`` tokens, or all there are."""
     end = getattr(tokenizer, "eos_token_id", None)
     joint = [end] if end is not None else text_ids(tokenizer, "\n\n", special=False)
-    begin = _opening(tokenizer)
+    begin = opening(tokenizer)
     stretches = [
         (document[at : at + STRETCH], at == 0, at + STRETCH >= len(document))
         for document in text.documents
@@ -285,7 +285,7 @@ def _in_order(stream: Tensor, length: int, limit: int | None, record: dict[str, 
     return Windows(ids, None, record | shape)
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def opening(tokenizer: Any) -> list[int]:
     """What the tokenizer puts in front of a text."""
     plain, whole = text_ids(tokenizer, "a", special=False), text_ids(tokenizer, "a")
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)

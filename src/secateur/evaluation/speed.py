@@ -106,7 +106,7 @@ def verdict(
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures hold for."""
     record: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -196,7 +196,8 @@ def _change(ratio: dict[str, float]) -> str:
     return f"{words} ({ratio['median']:.2f}x, quartiles {ratio['low']:.2f}-{ratio['high']:.2f})"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:

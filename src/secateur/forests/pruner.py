@@ -94,8 +94,8 @@ class BudgetPruner(BudgetedForest):
         node_loss: ``error``, ``gini``, ``brier``, ``log`` or ``squared``; ``auto`` is ``error`` or,
             for regression, ``squared``.
         cost_scope: ``example`` (pay what an example needs) or ``model`` (pay what the model uses).
-        solver: ``auto`` (``maxflow``: OR-tools if installed, else scipy), ``ortools``, ``scipy``,
-            ``primal_dual``, ``lp``. A budget needs an exact one.
+        solver: ``auto`` (``maxflow``: OR-tools if installed, else our own push-relabel),
+            ``ortools``, ``push_relabel``, ``primal_dual``, ``lp``. A budget needs an exact one.
         max_iter, tol: the primal-dual's most rounds, and the relative gap that ends it earlier.
         steps, step_m: its step rule, ``averaged`` or ``published``, and the latter's constant.
         prefit: take ``estimator`` as fitted, as is done with a ``sklearn.frozen.FrozenEstimator``

@@ -28,7 +28,7 @@ class ForestRecipe(BaseModel):
     error_source: Literal["validation", "oob", "train", "both"] = "validation"
     node_loss: Literal["auto", "error", "gini", "brier", "log", "squared"] = "auto"
     cost_scope: Literal["example", "model"] = "example"
-    solver: Literal["auto", "maxflow", "ortools", "scipy", "primal_dual", "lp"] = "auto"
+    solver: Literal["auto", "maxflow", "ortools", "push_relabel", "primal_dual", "lp"] = "auto"
     validation: float = Field(0.25, gt=0, lt=1, description="share of the data that prunes")
     test: float = Field(0.25, gt=0, lt=1, description="share of the data that only measures")
     points: int | None = Field(30, ge=2, description="points of the path; None for all")

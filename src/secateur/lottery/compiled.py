@@ -118,6 +118,21 @@ def _pool_in_weights(
     return count
 
 
+@njit(cache=True)
+def _interval(product: Any, edges: Any, inverse_log: Any) -> Any:
+    """i with edges[i + 1] <= product <= edges[i], or -1."""
+    bits = edges.size - 1
+    if product > edges[0] or product < edges[bits]:
+        return -1
+    # The logarithm may be off by one interval at an end; the ends themselves decide.
+    i = min(max(int(math.log(edges[0] / product) * inverse_log), 0), bits - 1)
+    if product > edges[i]:
+        i -= 1
+    elif product < edges[i + 1]:
+        i += 1
+    return i if i < bits else -1
+
+
 @njit(cache=True, nogil=True)
 def _candidates(
     law: Any,
@@ -143,15 +158,8 @@ def _candidates(
         if (low & _ONE == 0) != positive:
             continue
         product = a[c] * np.float64(abs(_weight(code, scale, span, high, low)))
-        if product > edges[0] or product < edges[bits]:
-            continue
-        # The logarithm may be off by one interval at an end; the ends themselves decide.
-        i = min(max(int(math.log(edges[0] / product) * inverse_log), 0), bits - 1)
-        if product > edges[i]:
-            i -= 1
-        elif product < edges[i + 1]:
-            i += 1
-        if i < 0 or i >= bits or found[i] == depth:
+        i = _interval(product, edges, inverse_log)
+        if i < 0 or found[i] == depth:
             continue
         value[i, found[i]] = product
         owner[i, found[i]] = neurons[c]
@@ -222,6 +230,73 @@ def bitwise(
             for i in range(bits):
                 if chosen[i] >= 0:
                     picks[p, o, i] = owner[i, chosen[i]]
+
+
+@njit(cache=True, nogil=True)
+def first_come(
+    law: Any,
+    seed: Any,
+    layer: Any,
+    sign: Any,
+    pools: Any,
+    columns: Any,
+    first_out: Any,
+    sizes: Any,
+    demand: Any,
+    edges: Any,
+    picks: Any,
+    residual: Any,
+    empty: Any,
+) -> None:
+    """Greedy decomposition from pools whose neurons serve one slot each (see ``exclusive``).
+
+    Shapes as in ``bitwise``. An out-weight is drawn only where a slot of its output is open.
+    """
+    code, scale, span = law
+    bits, outputs = edges.size - 1, demand.shape[1]
+    in_tag, out_tag = _U(layer) * _FOUR, _U(layer) * _FOUR + _ONE
+    inverse_log = 1.0 / math.log(edges[0] / edges[1])
+    value = np.empty((outputs, bits), np.float64)
+    unfilled = np.empty(outputs, np.int64)
+    for p in range(pools.size):
+        left, usable = 0, 0
+        for o in range(outputs):
+            unfilled[o] = bits if demand[p, o] != 0.0 else 0
+            left += unfilled[o]
+            for i in range(bits):
+                picks[p, o, i], value[o, i] = -1, math.inf
+        for m in range(sizes[p]):
+            if left == 0:
+                break
+            high, low = _word_pair(_U(seed), in_tag, _U(pools[p]), _U(m), _U(columns[p]))
+            if (low & _ONE == 0) != (sign > 0):
+                continue
+            a = np.float64(abs(_weight(code, scale, span, high, low)))
+            for step in range(outputs):
+                o = (usable + step) % outputs
+                if unfilled[o] == 0:
+                    continue
+                out = _U(first_out[p] + o)
+                high, low = _word_pair(_U(seed), out_tag, _U(pools[p]), _U(m), out)
+                if (low & _ONE == 0) != (demand[p, o] > 0):
+                    continue
+                product = a * np.float64(abs(_weight(code, scale, span, high, low)))
+                i = _interval(product, edges, inverse_log)
+                if i >= 0 and picks[p, o, i] < 0:
+                    picks[p, o, i], value[o, i] = m, product
+                    unfilled[o] -= 1
+                    left -= 1
+                    break
+            usable += 1
+        for o in range(outputs):
+            remainder = abs(demand[p, o])
+            for i in range(bits):
+                if remainder > 0 and remainder >= value[o, i]:
+                    remainder -= value[o, i]
+                else:
+                    empty[p] += remainder > edges[i] and picks[p, o, i] < 0
+                    picks[p, o, i] = -1
+            residual[p, o] = remainder
 
 
 @njit(cache=True)

@@ -17,12 +17,16 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from secateur.lottery.drawing import draw, have_numba
 from secateur.lottery.philox import ROLE_IN, ROLE_OUT
-from secateur.lottery.search import Floats, Ints, Picks, Pools
+from secateur.lottery.search import Floats, Ints, Picks, Pools, on_all_cores
 
 
-def bitwise(pools: Pools, sign: int, demand: Floats, edges: Floats, kind: str) -> Picks:
-    """Like ``search.bitwise``; ``kind`` is ``batch`` or ``matching``."""
+def bitwise(
+    pools: Pools, sign: int, demand: Floats, edges: Floats, kind: str, engine: str = "torch"
+) -> Picks:
+    """Like ``search.bitwise``; ``kind`` is ``batch`` (compiled, if ``engine`` is) or ``matching``."""
     bits = len(edges) - 1
+    if kind == "batch" and engine == "compiled":
+        return _compiled(pools, sign, demand, edges)
     neurons = np.full((*demand.shape, bits), -1, np.int64)
     residual, empty = np.abs(demand), np.zeros(len(demand), np.int64)
     assign = _first_come if kind == "batch" else _matching
@@ -36,6 +40,18 @@ def bitwise(pools: Pools, sign: int, demand: Floats, edges: Floats, kind: str) -
         slots, residual[p], empty[p] = assign(np.abs(demand[p]), product, interval, edges)
         neurons[p] = np.where(slots >= 0, usable[slots], -1)
     return Picks(neurons, residual, empty)
+
+
+def _compiled(pools: Pools, sign: int, demand: Floats, edges: Floats) -> Picks:
+    """``_first_come`` for all pools, on all cores, without drawing what nobody waits for."""
+    from secateur.lottery import compiled
+
+    picks = np.empty((*demand.shape, len(edges) - 1), np.int32)
+    residual, empty = np.empty(demand.shape), np.zeros(len(demand), np.int64)
+    rows: list[Any] = [pools.ids, pools.columns, pools.first_out, pools.sizes]
+    rows += [np.ascontiguousarray(demand), ..., picks, residual, empty]
+    on_all_cores(compiled.first_come, (*pools.compiled_head(), sign), rows, [edges])
+    return Picks(picks, residual, empty)
 
 
 def _tile(

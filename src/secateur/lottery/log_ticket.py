@@ -85,7 +85,7 @@ class LogTicket(Construction):
         """See ``search.bitwise`` and ``exclusive``."""
         edges = interval_ends(plan, ratio(self.base))
         if self.pools in ("batch", "matching"):
-            picks = exclusive.bitwise(pools, sign, demand, edges, self.pools)
+            picks = exclusive.bitwise(pools, sign, demand, edges, self.pools, engine)
         else:
             picks = bitwise(pools, sign, demand, edges, self.refine, engine)
         pool, output, slot = (picks.neurons >= 0).nonzero()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import binom
 
 from secateur.errors import UsageError
@@ -92,10 +91,11 @@ def pool_for(products: int, delta: float) -> int:
 def edges_of(found: Subsets, demand: Floats, plan: Plan) -> Found:
     """The chosen subsets as edges."""
     n = found.neurons.shape[1]
-    taken: NDArray[np.bool_] = (
-        (found.masks[..., None] >> np.arange(n, dtype=np.uint64)) & np.uint64(1)
-    ).astype(bool)
-    pool, output, slot = taken.nonzero()
+    # One product at a time: all at once would be n times the masks, and most of them zero.
+    places = [((found.masks >> np.uint64(s)) & np.uint64(1)).nonzero() for s in range(n)]
+    pool = np.concatenate([place[0] for place in places])
+    output = np.concatenate([place[1] for place in places])
+    slot = np.repeat(np.arange(n), [len(place[0]) for place in places])
     neuron = found.neurons[pool, slot].astype(np.int64)
     short = (found.neurons < 0).any(axis=1) & (found.residual > plan.tolerance).any(axis=1)
     return Found(pool, output, neuron, found.residual, np.asarray(short, np.int64))

@@ -196,8 +196,9 @@ class Ticket:
             random += fresh * (columns if not part.carried else wide + 1)
             random += outputs * part.copies * (fresh + wide)
             own = ~part.is_carried(layer)
-            live = np.stack([part.pool_of_edges(columns), part.neuron])[:, own]
-            kept += np.unique(live, axis=1).shape[1] + len(part.output)
+            width = int(part.neuron.max(initial=0)) + 1
+            live = part.pool_of_edges(columns)[own] * width + part.neuron[own]
+            kept += len(np.unique(live)) + len(part.output)
             stored += sum(values.nbytes for values in part.lists(layer).values())
         return TicketSize(self.target.weights, neurons, random, kept, stored)
 

@@ -6,14 +6,20 @@ import math
 import re
 from typing import Any
 
-from secateur.report import learning, structure, words
+from secateur.report import learning, pretraining, structure, words
 
 _HASH = re.compile("[0-9a-f]{32,}")
 Sentence = tuple[str, str]
 """Tone (``good``, ``plain`` or ``caution``) and text."""
 
 Z95 = 1.96
-NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "gblm": "GBLM-Pruner", "ria": "RIA"}
+NAMES = {
+    "sparsegpt": "SparseGPT",
+    "wanda": "Wanda",
+    "gblm": "GBLM-Pruner",
+    "ria": "RIA",
+    "efficientllm": "EfficientLLM",
+}
 """Methods whose proper name is not their word on the command line."""
 
 
@@ -36,6 +42,7 @@ def verdicts(result: dict[str, Any]) -> list[Sentence]:
         *_delivered(result),
         *_quality(result),
         *learning.verdict(result),
+        *pretraining.verdict(result),
         *_recovery(result),
         *_bytes(result),
         *_speed(result),

@@ -91,6 +91,18 @@ def execute(
         SecateurError: whatever went wrong, naming field, value and fix. What was finished in
             ``out`` stays there and is taken up by the next run.
     """
+    if recipe.pretraining is not None:
+        from secateur.run.pretraining import pretrain_recipe
+
+        return pretrain_recipe(
+            recipe,
+            out=out,
+            loaded=loaded,
+            text=calibration,
+            fresh=fresh,
+            progress=progress,
+            command=command,
+        )
     if issubclass(methods[recipe.method], StructuredMethod):
         from secateur.run.structured import execute_structured
 

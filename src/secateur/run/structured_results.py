@@ -23,6 +23,11 @@ from secateur.run.structured_plan import protected_blocks, share_of_weights
 _WORDS = {"head": "heads", "kv_group": "key-value groups", "ffn": "channels"}
 
 
+def unit_words(group: Group) -> str:
+    """What a unit of the group is called in a report."""
+    return _WORDS.get(group.kind, group.kind)
+
+
 def assemble_structured(
     session: Session,
     *,
@@ -144,7 +149,7 @@ def _row(group: Group, plan: Plan, mask: StructuredMask, noted: dict[str, Any]) 
     return {
         "name": group.key,
         "kind": group.kind,
-        "unit": _WORDS.get(group.kind, group.kind),
+        "unit": unit_words(group),
         "block": group.block,
         "stack": group.stack,
         "attention": group.attention,

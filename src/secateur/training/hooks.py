@@ -83,6 +83,10 @@ class Hook:
     def end(self, at: Training) -> None:
         """After the last step, also when it stopped early."""
 
+    def metrics(self) -> dict[str, Any]:
+        """Figures to write beside the loss of the step just done."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """What has to be kept with a checkpoint, beyond the trained parameters."""
         return {}

@@ -187,6 +187,7 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.best_value, self.worse, self.stopped_early = math.inf, 0, False
         self.seconds_before = 0.0
+        self.shapes = self._shapes()
         # Without a folder the last good state is kept in memory.
         self.good: dict[str, Tensor] = {} if folder else self._copied()
 
@@ -229,12 +230,13 @@ class _Run:
         for hook in self.hooks:
             hook.after_backward(at)
         loss = float(total)
-        norm = nn.utils.clip_grad_norm_(
-            list(at.named.values()), math.inf if settings.clip is None else settings.clip
-        )
+        trained = list(at.named.values())
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         size_of_gradient = float(whole(norm))
         if not math.isfinite(loss) or not math.isfinite(size_of_gradient):
             self._diverged(loss)
+        if settings.clip is not None:
+            nn.utils.clip_grads_with_norm_(trained, settings.clip, norm)
         for group in at.optimizer.param_groups:
             group["lr"] = settings.rate(at.step) * group["lr_scale"]
         at.optimizer.step()
@@ -242,6 +244,7 @@ class _Run:
         at.step += 1
         for hook in self.hooks:
             hook.after_step(at)
+        self._follow_shapes()
         self.fitted.losses.append(loss)
         self.fitted.steps = at.step
         self.fitted.tokens = at.step * self.tokens_per_step
@@ -254,6 +257,19 @@ class _Run:
         except UsageError:
             self.save()
             raise
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {n: p.shape for n, p in self.at.named.items()}
+
+    def _follow_shapes(self) -> None:
+        """After surgery on the way there is no going back to states of other shapes."""
+        shapes = self._shapes()
+        if shapes == self.shapes:
+            return
+        self.shapes = shapes
+        self.best, self.best_value, self.worse = {}, math.inf, 0
+        if self.folder is None:
+            self.good = self._copied()
 
     def _reduce(self, total: Tensor) -> None:
         """Sum loss and gradients over processes; one message for each type of number."""
@@ -279,15 +295,19 @@ class _Run:
 
     def _diverged(self, loss: float) -> None:
         """Back to the last good state, and say so."""
+        what = "loss"
+        if math.isfinite(loss):
+            bad = (n for n, p in self.at.named.items() if not _finite_gradient(p))
+            what = f"gradient of '{next(bad, 'all parameters together')}'"
         self.at.optimizer.zero_grad(set_to_none=True)
-        good, kept = self.good, "the model is as it was before training"
+        good, kept = self.good, "the model is as it was before training, or since it was last cut"
         if self.folder is not None:
             found = checkpoint.load(self.folder)
             good = found[0]["parameter"] if found else {}
             if found:
                 kept = f"the checkpoint of step {found[1]['step']} is kept"
-        self._put(good)
-        what = "loss" if not math.isfinite(loss) else "gradient"
+        if all(good[n].shape == s for n, s in self._shapes().items() if n in good):
+            self._put(good)
         raise NumericsError(
             f"the {what} is not finite at step {self.at.step + 1}; {kept}",
             field="lr",
@@ -330,6 +350,7 @@ class _Run:
         fitted.validations = [tuple(pair) for pair in record["validations"]]
         fitted.tokens = self.at.step * self.tokens_per_step
         fitted.seconds = self.seconds_before
+        self.shapes = self._shapes()
 
     def save(self) -> None:
         """Write the checkpoint (rank 0), or remember the good state in memory."""
@@ -360,6 +381,8 @@ class _Run:
             return
         rate = self.at.settings.rate(self.at.step - 1)
         row = {"step": self.at.step, "loss": loss, "lr": rate, "tokens_per_second": round(speed, 1)}
+        for hook in self.hooks:
+            row |= hook.metrics()
         self._append(row)
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -394,6 +417,10 @@ class _Run:
         """Put the best state back where one was looked for."""
         self.fitted.stopped = "early" if self.stopped_early else "finished"
         self._put(self.best)
+
+
+def _finite_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is None or bool(torch.isfinite(whole(parameter.grad)).all())
 
 
 def _refuse_unshardable(settings: TrainSettings, world: int, validates: bool) -> None:

@@ -38,7 +38,7 @@ def minimum_cut(network: IntegerNetwork) -> tuple[NDArray[np.bool_], int, int]:
         return np.zeros(n, dtype=np.bool_), 0, 1
     status = flow.solve(source, sink)
     if status != flow.OPTIMAL:
-        raise SecateurError(f"OR-tools ended with {status}", fix="solver='scipy'")
+        raise SecateurError(f"OR-tools ended with {status}", fix="solver='push_relabel'")
     side = np.asarray(flow.get_source_side_min_cut(), dtype=np.int64)
     kept = np.zeros(n, dtype=np.bool_)
     kept[side[side < n]] = True

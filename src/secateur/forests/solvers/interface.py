@@ -20,7 +20,7 @@ from secateur.forests.reduction import (
 )
 from secateur.progress import SILENT, Progress
 
-SOLVERS = ("auto", "ortools", "scipy", "primal_dual", "lp")
+SOLVERS = ("auto", "ortools", "push_relabel", "primal_dual", "lp")
 STEPS = ("averaged", "published")
 
 
@@ -81,7 +81,7 @@ class PrimalDualOptions:
 def resolve_solver(name: str) -> str:
     """``auto`` and ``maxflow`` resolved to an exact backend that is installed."""
     if name in ("auto", "maxflow"):
-        return "ortools" if find_spec("ortools") else "scipy"
+        return "ortools" if find_spec("ortools") else "push_relabel"
     if name not in SOLVERS:
         raise ForestInputError(
             "there is no solver of that name",

@@ -60,12 +60,11 @@ def integer_network(problem: ClosureProblem) -> IntegerNetwork:
     return IntegerNetwork(problem, supply, drain, toll, unlimited=4 << BITS)
 
 
-def solve_maxflow(problem: ClosureProblem, backend: str = "scipy") -> Cut:
+def solve_maxflow(problem: ClosureProblem, backend: str = "push_relabel") -> Cut:
     """The smallest optimal closure of a problem in whole numbers, with the flow as the proof.
 
     Args:
-        backend: ``ortools`` (push-relabel in int64) or ``scipy`` (Dinic in int32, refined digit
-            by digit until the flow in int64 is maximal).
+        backend: ``ortools`` or ``push_relabel``, our own.
 
     Raises:
         NumericsError: the cut and the flow disagree, which would be a fault of the backend.
@@ -74,12 +73,12 @@ def solve_maxflow(problem: ClosureProblem, backend: str = "scipy") -> Cut:
     if backend == "ortools":
         from secateur.forests.solvers.flow_ortools import minimum_cut
     else:
-        from secateur.forests.solvers.flow_scipy import minimum_cut
+        from secateur.forests.solvers.push_relabel import minimum_cut
     kept, flow, rounds = minimum_cut(network)
     if network.cut_value(kept) != flow:
         raise NumericsError(
             f"the cut ({network.cut_value(kept)}) and the flow ({flow}) disagree; "
             "the answer would not be optimal",
-            fix="try the other backend: solver='scipy' or solver='ortools'",
+            fix="try the other backend: solver='push_relabel' or solver='ortools'",
         )
     return Cut(kept, problem.profit(kept, 1.0), float(network.total - flow), rounds, backend)

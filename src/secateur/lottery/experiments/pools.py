@@ -36,8 +36,8 @@ Least = Callable[[TargetNetwork, float, int], int]
 def run(quick: bool, seed: int, progress: Progress) -> Experiment:
     """See the module's docstring."""
     target = from_module(he_mlp(SIZES))
-    seeds = range(seed, seed + (1 if quick else 3))
-    accuracies = powers(1, 3 if quick else 5, 1)
+    seeds = range(seed, seed + (1 if quick else 8))
+    accuracies = powers(1, 3 if quick else 5, 1 if quick else 2)
     cases: dict[str, Least] = {f"log, {kind}": _least_pool(kind) for kind in KINDS}
     cases |= {"subset sum": _least_products, "copies (depth L+1)": _least_copies}
     results: list[dict[str, Any]] = []

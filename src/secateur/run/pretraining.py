@@ -1,0 +1,463 @@
+"""``secateur pretrain``: train a model on while it shrinks to a budget, save it, and say what came of it.
+
+The training keeps its own checkpoint in the run's folder (weights in their present shapes,
+optimizer, what is gone, accumulators): killed at any moment, the same command goes on with the
+losses it would have had.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur import __version__
+from secateur.data.batches import Batch, Data
+from secateur.data.windows import Windows, evaluation_windows, training_windows
+from secateur.errors import UsageError
+from secateur.evaluation.perplexity import perplexity
+from secateur.export.huggingface import reference_logits
+from secateur.export.loading import load_pruned
+from secateur.models.anatomy import ModelView
+from secateur.models.loading import Loaded, load
+from secateur.models.saving import block_state, cast, outside_state
+from secateur.models.shards import INDEX, write_index, write_shard
+from secateur.models.state import evaluating, quiet
+from secateur.models.structured_saving import Form, form_of, save_words
+from secateur.models.surgery import keep_original_config
+from secateur.models.units import units_of
+from secateur.progress import SILENT, Progress
+from secateur.recipe import Evaluation, Recipe
+from secateur.recipe_parts import Pretraining
+from secateur.run.folder import RunFolder, writable
+from secateur.run.pretraining_results import Before, assemble_pretraining
+from secateur.run.ranks import Ranks
+from secateur.run.recovered import drop_checkpoints
+from secateur.run.recovery import round_to_stored
+from secateur.run.results import publish, read_result
+from secateur.run.runner import Result, peak_memory
+from secateur.run.structured_saving import reopen_structured
+from secateur.run.verifying import PROBE, PROBE_TOKENS
+from secateur.tensorfile import save_tensors
+from secateur.training.distil import distillation_loss
+from secateur.training.efficientllm import PruneOptions, PruningAware
+from secateur.training.loop import Loss, fit, next_token_loss
+from secateur.training.prune_schedule import PruneSchedule
+from secateur.training.settings import TrainSettings
+from secateur.training.unit_choice import Rules
+
+_FREE = ("checkpoint_every", "epochs", "micro_batch")
+"""Settings that may change when a training is taken up again."""
+
+
+def pretrain_model(
+    source: str | Loaded,
+    spec: Pretraining,
+    *,
+    out: Path | None = None,
+    evaluation: Evaluation | None = None,
+    text: Any = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    fresh: bool = False,
+    progress: Progress = SILENT,
+    command: str = "",
+) -> Result:
+    """Train a model on while the least salient units go, until it meets its budget and beyond.
+
+    Args:
+        source: hub id, folder, or a model in memory, which is then trained and cut in place.
+        out: the run's folder; None keeps everything in memory.
+        evaluation: held-out text to measure on before and after, and to look at on the way;
+            None measures nothing.
+        text: windows, documents or a stream in memory, instead of ``spec.text``.
+        dtype: of the weights while they train; ``auto`` is float32.
+
+    Raises:
+        UsageError: a budget that cannot be reached, another run in the folder, data that runs
+            out (what was trained is kept). NumericsError: the loss or a gradient is not finite.
+    """
+    if out is not None:
+        writable(out)
+    ranks = Ranks.from_environment(device)
+    loaded = _opened(source, device, dtype, trust_remote_code, progress)
+    model = loaded.model
+    keep_original_config(model)
+    length = loaded.window(spec.length, "pretraining.length")
+    settings = _settings(spec, length)
+    hook = PruningAware(_options(spec, settings, length, model))
+    hook.prepare(model)
+    windows = _windows(evaluation, loaded)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        folder = None
+        if out is not None:
+            mark = _identity(loaded, spec, ranks)
+            if ranks.leads:
+                folder = stack.enter_context(RunFolder(out, mark, fresh=fresh))
+            ranks.barrier()
+            folder = folder or RunFolder(out, {}, rank=ranks.rank)
+            found = _finished(folder, loaded, dtype)
+            if found is not None:
+                return found
+            folder.event("started", model=loaded.name, budget=hook.options.budget)
+        data = _data(spec, loaded, length, settings, text, folder if ranks.leads else None)
+        before = _before(model, windows, folder, ranks, spec, length, progress)
+        teacher = deepcopy(model) if spec.distil else None
+        loss: Loss = next_token_loss
+        if teacher is not None:
+            loss = distillation_loss(teacher, spec.distil, spec.temperature)
+        with _training(model, spec.checkpointing):
+            fitted = fit(
+                model,
+                data,
+                settings,
+                loss=loss,
+                hooks=[hook],
+                validate=None if windows is None else lambda: _loss(model, windows, settings),
+                folder=None if folder is None else folder.inner / "training",
+                fresh=fresh,
+                identity=_relevant(spec),
+                progress=progress,
+                label="pretraining",
+            )
+        model.eval()
+        if not ranks.leads:
+            ranks.barrier()
+            return Result(model, loaded.tokenizer, {}, {}, out)
+        round_to_stored(model, loaded.stored)
+        form, reopened = form_of(model), None
+        if folder is not None:
+            reopened = _saved(loaded, folder, form, windows, hook)
+        after = None if windows is None else _perplexity(model, windows, progress)
+        report = assemble_pretraining(
+            loaded,
+            spec,
+            evaluation,
+            hook,
+            fitted,
+            data_record=getattr(data, "record", {}),
+            length=length,
+            before=before,
+            quality=after,
+            form=form,
+            folder=folder,
+            reopened=reopened,
+            command=command,
+            seconds=time.perf_counter() - start,
+            memory_peak=peak_memory(),
+        )
+        if folder is not None:
+            publish(report, folder)
+            folder.event("finished", parameters=report["structure"]["parameters"]["after"])
+            drop_checkpoints(folder.inner / "training")
+        ranks.barrier()
+    return Result(model, loaded.tokenizer, {}, report, out)
+
+
+def pretrain_recipe(
+    recipe: Recipe,
+    *,
+    out: Path | None,
+    loaded: Loaded | None,
+    text: Any,
+    fresh: bool,
+    progress: Progress,
+    command: str,
+) -> Result:
+    """Run a recipe that has a ``pretraining``; whatever else it says of pruning is refused."""
+    assert recipe.pretraining is not None
+    used = {"model", "pretraining", "evaluation", "device", "dtype", "trust_remote_code"}
+    for name in sorted(recipe.model_fields_set - used):
+        if getattr(recipe, name) != type(recipe).model_fields[name].get_default():
+            raise UsageError(
+                "has no meaning beside 'pretraining', which finds its own shape",
+                field=name,
+                value=getattr(recipe, name),
+                fix=f"leave {name} out; what may be set is under 'pretraining'",
+            )
+    return pretrain_model(
+        loaded or recipe.model,
+        recipe.pretraining,
+        out=out,
+        evaluation=recipe.evaluation,
+        text=text,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        fresh=fresh,
+        progress=progress,
+        command=command,
+    )
+
+
+# -- what it starts from -----------------------------------------------------------------------
+
+
+def _opened(
+    source: str | Loaded, device: str, dtype: str, trust_remote_code: bool, progress: Progress
+) -> Loaded:
+    if isinstance(source, Loaded):
+        return source
+    kind = "float32" if dtype == "auto" else dtype
+    with progress.stage(f"loading {source}", total=1) as advance:
+        loaded = load(source, dtype=kind, device=device, trust_remote_code=trust_remote_code)
+        advance(1)
+    return loaded
+
+
+def _settings(spec: Pretraining, length: int) -> TrainSettings:
+    return TrainSettings(
+        steps=max(1, -(-spec.tokens // (spec.batch * length))),
+        lr=spec.lr,
+        batch=spec.batch,
+        micro_batch=spec.micro_batch,
+        warmup=spec.warmup,
+        schedule=spec.schedule,
+        weight_decay=spec.weight_decay,
+        clip=spec.clip,
+        seed=spec.seed,
+        checkpoint_every=spec.checkpoint_every,
+        validate_every=spec.validate_every,
+        precision=spec.precision,
+    )
+
+
+def _options(
+    spec: Pretraining, settings: TrainSettings, length: int, model: nn.Module
+) -> PruneOptions:
+    if settings.steps < 3:
+        raise UsageError(
+            f"{spec.tokens:,} tokens are {settings.steps} steps of {spec.batch} x {length}, and "
+            "there is one before anything goes and one to choose in",
+            field="pretraining.tokens",
+            value=spec.tokens,
+            fix=f"at least {3 * spec.batch * length:,}, or a smaller batch or length",
+        )
+    start = max(1, round(spec.prune_from * settings.steps))
+    schedule = PruneSchedule(
+        spec.prune_pace,
+        start=start,
+        stop=max(start + 1, round(spec.prune_until * settings.steps)),
+        every=spec.prune_every,
+    )
+    if spec.prune_from >= spec.prune_until:
+        raise UsageError(
+            "pruning would end before it begins",
+            field="pretraining.prune_until",
+            value=spec.prune_until,
+            fix=f"more than prune_from ({spec.prune_from:g})",
+        )
+    rules = Rules(
+        normalize=spec.normalize,
+        layer_mode=spec.layer_mode,
+        min_heads=spec.min_heads,
+        min_ffn=spec.min_ffn,
+        min_width=spec.min_width,
+        round_to=spec.round_to,
+        costs={str(k): v for k, v in spec.costs.items()},
+    )
+    return PruneOptions(
+        budget=spec.budget(sum(p.numel() for p in model.parameters())),
+        schedule=schedule,
+        rules=rules,
+        kinds=spec.kinds,
+        gqa=spec.gqa,
+        saliency=spec.saliency,
+        memory=spec.memory,
+        second_order=spec.second_order,
+        damping=spec.damping,
+        hessian_tokens=spec.hessian_tokens,
+        compact_every=spec.compact_every,
+        context=length,
+    )
+
+
+def _relevant(spec: Pretraining) -> dict[str, Any]:
+    """What the result depends on."""
+    values = spec.model_dump(mode="json")
+    return {f"pretraining.{k}": v for k, v in values.items() if k not in _FREE}
+
+
+def _identity(loaded: Loaded, spec: Pretraining, ranks: Ranks) -> dict[str, Any]:
+    return {
+        "secateur": __version__,
+        "pretrains": loaded.fingerprint,
+        "threads": torch.get_num_threads(),
+        "ranks": ranks.world,
+        **_relevant(spec),
+    }
+
+
+def _data(
+    spec: Pretraining,
+    loaded: Loaded,
+    length: int,
+    settings: TrainSettings,
+    text: Any,
+    folder: RunFolder | None,
+) -> Data:
+    """The text as a source of windows; one given in memory as it is."""
+    source = spec.text if text is None else text
+    if isinstance(source, Windows):
+        return source
+    if not isinstance(source, str | Path | list | tuple) and hasattr(source, "order"):
+        return source
+    return training_windows(
+        source[0] if isinstance(source, list) and len(source) == 1 else source,
+        loaded.tokenizer,
+        tokens=(settings.steps + 1) * settings.batch * length,
+        length=length,
+        seed=spec.seed,
+        vocabulary=loaded.vocabulary,
+    )
+
+
+def _windows(evaluation: Evaluation | None, loaded: Loaded) -> Windows | None:
+    if evaluation is None:
+        return None
+    if loaded.tokenizer is None:
+        raise UsageError("measuring quality needs a tokenizer", field="tokenizer", value=None)
+    return evaluation_windows(
+        evaluation.text,
+        loaded.tokenizer,
+        loaded.window(evaluation.length, "evaluation.length"),
+        limit=evaluation.windows,
+        vocabulary=loaded.vocabulary,
+    )
+
+
+@contextmanager
+def _training(model: nn.Module, checkpointing: bool) -> Iterator[None]:
+    """Every parameter trains; flags and gradient checkpointing are put back afterwards."""
+    wanted = {id(p): p.requires_grad for p in model.parameters()}
+    mode = model.training
+    switch: Any = model
+    if checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
+        raise UsageError(
+            "this model cannot compute activations again",
+            field="pretraining.checkpointing",
+            value=True,
+        )
+    model.requires_grad_(True)
+    model.train()
+    if checkpointing:
+        switch.gradient_checkpointing_enable()
+    try:
+        yield
+    finally:
+        if checkpointing:
+            switch.gradient_checkpointing_disable()
+        model.train(mode)
+        for parameter in model.parameters():
+            parameter.requires_grad_(wanted.get(id(parameter), True))
+
+
+# -- measuring ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, windows: Windows, settings: TrainSettings) -> float:
+    """Mean loss over the held-out windows; training goes on afterwards as if not interrupted."""
+    device = next(model.parameters()).device
+    mode, total = model.training, 0.0
+    model.eval()
+    try:
+        for ids, _ in windows.batches(settings.batch * windows.length):
+            total += float(next_token_loss(model, Batch(ids.to(device)))) * len(ids)
+    finally:
+        model.train(mode)
+    return total / len(windows)
+
+
+def _perplexity(model: Any, windows: Windows, progress: Progress) -> dict[str, Any]:
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        device = next(model.parameters()).device
+        out: torch.Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+        return out
+
+    with evaluating(model), torch.no_grad():
+        measured = perplexity(logits, windows, progress)
+    return {**measured.record(), "protocol": measured.protocol.record()}
+
+
+def _before(
+    model: Any,
+    windows: Windows | None,
+    folder: RunFolder | None,
+    ranks: Ranks,
+    spec: Pretraining,
+    length: int,
+    progress: Progress,
+) -> Before:
+    """What the dense model is; measured once, also if the run is taken up again."""
+    groups = units_of(model, spec.kinds, spec.gqa).groups
+    quality = None
+    if windows is not None and ranks.leads:
+        quality = None if folder is None else folder.read("dense.json")
+        if quality is None:
+            quality = _perplexity(model, windows, progress)
+            if folder is not None:
+                folder.save("dense.json", quality)
+    ranks.barrier()
+    return Before.of(model, groups, length, quality)
+
+
+# -- what it ends with -------------------------------------------------------------------------
+
+
+def _finished(folder: RunFolder, loaded: Loaded, dtype: str) -> Result | None:
+    """The result that lies in the folder already."""
+    if folder.read("result.json") is None or not (folder.path / INDEX).exists():
+        return None
+    kind = next(loaded.model.parameters()).dtype
+    with quiet():
+        model = load_pruned(folder.path, dtype=kind).to(loaded.device)
+    report = read_result(folder.path)
+    return Result(model, loaded.tokenizer, {}, report, folder.path)
+
+
+def _saved(
+    loaded: Loaded,
+    folder: RunFolder,
+    form: Form,
+    windows: Windows | None,
+    hook: PruningAware,
+) -> dict[str, Any]:
+    """Written, opened again and compared; the index, which makes it a model, is last."""
+    path, model = folder.path, loaded.model
+    view = ModelView.of(model)
+    parts = {f"model-block-{b.index:05d}.safetensors": block_state(view, b) for b in view.blocks}
+    parts["model-outside.safetensors"] = outside_state(view)
+    places: dict[str, str] = {}
+    size = 0
+    for name, state in parts.items():
+        state = cast(state, loaded.stored)
+        write_shard(path / name, state)
+        places |= dict.fromkeys(state, name)
+        size += sum(t.nbytes for t in state.values())
+    facts = {"method": "efficientllm", "parameters": hook.parameters}
+    save_words(path, model, loaded.tokenizer, facts, loaded.stored, form)
+    write_index(path, places, size)
+    ids = (
+        windows.ids[:1, :PROBE_TOKENS].contiguous()
+        if windows is not None
+        else (torch.arange(PROBE_TOKENS) * 7 % loaded.vocabulary)[None]
+    )
+    with evaluating(model):
+        logits = reference_logits(model, ids)
+    kind = next(model.parameters()).dtype
+    words = {"dtype": str(kind).removeprefix("torch."), "device": loaded.device.type}
+    save_tensors(folder.inner / PROBE, {"ids": ids, "logits": logits}, words)
+    try:
+        return reopen_structured(path, ids, logits, kind, loaded.device)
+    except BaseException:
+        (path / INDEX).unlink(missing_ok=True)  # what does not hold must not look like a model
+        raise
