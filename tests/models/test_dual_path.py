@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from channel_cases import CASES, network, some_gone
-from secateur.models.channel_graph import channel_groups
-from secateur.models.channel_surgery import shrink_channels
 from torch import nn
 
+from secateur.models.channel_graph import channel_groups
+from secateur.models.channel_surgery import shrink_channels
 from secateur.models.dual_path import DualPath, filter_norms
 
 

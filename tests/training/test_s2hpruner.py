@@ -9,16 +9,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from secateur.models.channel_graph import channel_groups
-from secateur.models.vision.mobilenet import MobileNet
-from secateur.models.vision.vit import ViT
 from torch import Tensor, nn
 
 from secateur.data.batches import ImageBatch, Shuffled
 from secateur.errors import NumericsError, UsageError
+from secateur.models.channel_graph import channel_groups
+from secateur.models.vision.mobilenet import MobileNet
+from secateur.models.vision.vit import ViT
 from secateur.training.hooks import Hook
 from secateur.training.s2h_finish import cut, learn_widths, measure_gap
-from secateur.training.s2hpruner import LearnedWidths, Learning
+from secateur.training.s2h_options import Learning
+from secateur.training.s2hpruner import LearnedWidths
 from secateur.training.settings import TrainSettings
 
 
@@ -223,7 +224,7 @@ def test_flops_alone_settle_within_the_tolerance(target, init):
 # -- the toy: an order that is safe to assert -----------------------------------------------------
 
 
-def toy(variant, flops, seed, epochs=60):
+def toy(variant, flops, seed, epochs=40):
     """Digits with noise, an MLP 64-64, as in the measurement this ordering comes from."""
     from sklearn.datasets import load_digits
 
@@ -235,7 +236,7 @@ def toy(variant, flops, seed, epochs=60):
     net = nn.Sequential(
         nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
     )
-    options = Learning(flops=flops, divisor=2, relax=0.02, **variant)
+    options = Learning(flops=flops, divisor=2, relax=0.02, lr=0.02, **variant)
     widths, _ = learn_widths(
         net, channel_groups(net, x[:1]), train,
         settings(
@@ -262,14 +263,14 @@ def assert_the_safe_order(flops, seed, points):
 
 
 def test_the_gap_of_plain_mask_training_is_bridged_at_12_percent():
-    ours = assert_the_safe_order(0.12, 0, 0.10)
-    assert ours.soft - toy(HARD, 0.12, 0).soft >= 0.05
+    ours = assert_the_safe_order(0.12, 0, 0.08)
+    assert ours.soft - toy(HARD, 0.12, 0).soft >= 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_gap_is_bridged_with_other_seeds(seed):
-    assert_the_safe_order(0.12, seed, 0.10)
+    assert_the_safe_order(0.12, seed, 0.08)
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ def same(one, other):
     return (
         all(torch.equal(again[k], v) for k, v in state.items())
         and all(torch.equal(other.logits[k], u) for k, u in one.logits.items())
-        and repr(one.history) == repr(other.history)
+        and one.history == other.history
     )
 
 

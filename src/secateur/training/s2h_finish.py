@@ -24,7 +24,8 @@ from secateur.progress import SILENT, Progress
 from secateur.training.batchnorm import KeptBuffers, recalibrate
 from secateur.training.hooks import Hook
 from secateur.training.loop import fit
-from secateur.training.s2hpruner import LearnedWidths, Learning
+from secateur.training.s2h_options import Learning
+from secateur.training.s2hpruner import LearnedWidths
 from secateur.training.settings import TrainSettings
 from secateur.training.soft_hard import jensen_shannon
 

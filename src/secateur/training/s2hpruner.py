@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +31,9 @@ from secateur.models.channel_graph import ChannelGroups
 from secateur.models.dual_path import DualPath, filter_norms
 from secateur.training.hooks import Hook, Loss, Training
 from secateur.training.mask_fusion import fuse, norm, pressure
-from secateur.training.soft_hard import Distillation, gaps, jensen_shannon
+from secateur.training.s2h_options import Learning
+from secateur.training.soft_hard import gaps, jensen_shannon
 from secateur.training.width_masks import (
-    Centre,
-    Init,
     candidate_widths,
     centred,
     chosen_width,
@@ -46,109 +44,13 @@ from secateur.training.width_masks import (
     width_probabilities,
 )
 
-Order = Literal["l1", "fixed", "identity"]
-Trained = Literal["soft", "hard"]
-SETTLING = 2000
-"""Most FLOPs-only steps of the masks when they are frozen; a step takes microseconds."""
+SETTLING = 500
+"""Most FLOPs-only steps of the masks when they are frozen; they need no images."""
 
 
 WATCHED = ("step", "flops", "divergence", "soft", "hard")
 """What is noted of a training, before the widths: share of the FLOPs, Jensen-Shannon divergence
 (nats) and accuracies of both networks over the training images since the last note."""
-
-
-@dataclass(frozen=True)
-class Learning:
-    """How widths are learned.
-
-    Attributes:
-        flops: share of the FLOPs that is to be left, in (0, 1].
-        relax: how far off it may be.
-        lr: of the masks, for gradients of length 1 a group; follows the weights' schedule.
-        momentum, weight_decay: of the masks' SGD.
-        tau: temperature of the distributions.
-        init, init_std, init_share: where they start, see ``width_masks.first_logits``.
-        divisor: units in a step of width; default a 32nd of the group.
-        multiple: the hard network's widths are rounded up to it.
-        order: units are ranked by ``l1`` in every step, once (``fixed``), or as they stand.
-        distillation: ``t1`` ... ``t6``, ``one-way`` or ``none``, see ``soft_hard``.
-        kd: weight of the distillation in the loss.
-        auto_temperature: standardise the logits before they are compared.
-        train: ``hard``: no soft network; the masks get a straight-through gradient (an ablation).
-        kd_scale, dis_scale: see ``mask_fusion.fuse``.
-        centre: what is taken off the logits after a step.
-        gap_every: steps between two looks of the masks at the gap.
-        warmup, freeze: share of the steps, at the start and at the end, without mask updates.
-        resolutions: factors of the images' size, one drawn each step (convolutional networks).
-        seed: of ``init: normal``.
-    """
-
-    flops: float
-    relax: float = 0.01
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    tau: float = 1.0
-    init: Init = "max"
-    init_std: float = 0.01
-    init_share: float | None = None
-    divisor: int | None = None
-    multiple: int = 1
-    order: Order = "l1"
-    distillation: Distillation = "t1"
-    kd: float = 1.0
-    auto_temperature: bool = False
-    train: Trained = "soft"
-    kd_scale: float = 1.0
-    dis_scale: float = 0.5
-    centre: Centre = "mean"
-    gap_every: int = 1
-    warmup: float = 0.1
-    freeze: float = 0.2
-    resolutions: tuple[float, ...] = (1.0,)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.flops <= 1:
-            raise UsageError(
-                "a share of the FLOPs in (0, 1]", field="flops", value=self.flops, fix="e.g. 0.5"
-            )
-        for name in ("relax", "tau", "lr", "init_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError("must be positive", field=name, value=getattr(self, name))
-        for name in ("weight_decay", "kd", "kd_scale", "dis_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError("must not be negative", field=name, value=getattr(self, name))
-        for name in ("momentum", "warmup", "freeze"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError("must lie in [0, 1)", field=name, value=getattr(self, name))
-        if self.warmup + self.freeze >= 1:
-            raise UsageError(
-                "warm-up and freeze leave no step to learn the widths in",
-                field="freeze",
-                value=self.freeze,
-                fix=f"below {1 - self.warmup:g}",
-            )
-        for name in ("multiple", "gap_every"):
-            if getattr(self, name) < 1:
-                raise UsageError("must be at least 1", field=name, value=getattr(self, name))
-        for name, kinds in (
-            ("order", Order), ("distillation", Distillation), ("train", Trained), ("centre", Centre)
-        ):  # fmt: skip
-            if getattr(self, name) not in get_args(kinds):
-                raise UsageError(
-                    "unknown", field=name, value=getattr(self, name),
-                    fix=f"one of {', '.join(get_args(kinds))}",
-                )  # fmt: skip
-        if not self.resolutions or any(not 0 < r <= 1 for r in self.resolutions):
-            raise UsageError("factors in (0, 1]", field="resolutions", value=self.resolutions)
-        if self.train == "hard" and self.distillation != "none":
-            raise UsageError(
-                "without a soft network there is nothing to distil from",
-                field="distillation",
-                value=self.distillation,
-                fix="distillation: none",
-            )
 
 
 class LearnedWidths(Hook):
@@ -315,8 +217,8 @@ class LearnedWidths(Hook):
     def _watch(self, soft: Tensor, hard: Tensor, labels: Tensor) -> None:
         """The gap on the training images, for the record."""
         right = [(logits.argmax(-1) == labels).sum() for logits in (soft, hard)]
-        row = [len(labels), jensen_shannon(soft, hard).double().sum(), *right]
-        self.seen += torch.tensor([float(value) for value in row], dtype=torch.float64)
+        row = [jensen_shannon(soft, hard).sum(), *right]
+        self.seen += torch.tensor([len(labels), *(float(v) for v in row)], dtype=torch.float64)
 
     def _look(self, gap: Tensor, count: int) -> None:
         """The gap's gradient for the masks alone; the weights never see it."""
@@ -390,7 +292,7 @@ class LearnedWidths(Hook):
     def settle(self) -> None:
         """FLOPs alone move the masks until they are within the tolerance, or as near as they come."""
         best, least, idle = {k: u.clone() for k, u in self.logits.items()}, math.inf, 0
-        rate, relax = self.options.lr, self.options.relax
+        rate, relax = 0.5, self.options.relax
         for _ in range(SETTLING):
             with torch.enable_grad():
                 gradients, share = self._flops_gradient()
@@ -404,7 +306,7 @@ class LearnedWidths(Hook):
             for key, gradient in gradients.items():
                 u = self.logits[key]
                 u.copy_(centred(u - rate * gradient / size, self.options.centre))
-            rate *= 0.995
+            rate *= 0.99
         for key, u in best.items():
             self.logits[key].copy_(u)
 
