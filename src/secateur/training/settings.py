@@ -22,7 +22,8 @@ class TrainSettings:
         batch: windows in a step, over all processes and accumulated forwards together.
         micro_batch: windows in one forward of one process; None: all of its share.
         warmup: share of the steps in which the rate rises to ``lr``.
-        schedule: how it falls afterwards, to zero (``constant``: it does not).
+        schedule: how it falls afterwards (``constant``: it does not).
+        floor: share of ``lr`` that it falls to.
         weight_decay: AdamW's, on matrices only (norms, biases and scales are not decayed).
         momentum: of ``sgd``.
         clip: largest norm of the gradient; None: not clipped.
@@ -42,6 +43,7 @@ class TrainSettings:
     micro_batch: int | None = None
     warmup: float = 0.1
     schedule: Schedule = "linear"
+    floor: float = 0.0
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -62,6 +64,7 @@ class TrainSettings:
         for name, low, high in (
             ("lr", 0.0, math.inf),
             ("warmup", 0.0, 1.0),
+            ("floor", 0.0, 1.0),
             ("weight_decay", 0.0, math.inf),
             ("clip", 0.0, math.inf),
         ):
@@ -84,11 +87,11 @@ class TrainSettings:
         if step < rise:
             return self.lr * (step + 1) / rise
         left = (self.steps - step) / (self.steps - rise)
-        if self.schedule == "linear":
-            return self.lr * left
+        if self.schedule == "constant":
+            return self.lr
         if self.schedule == "cosine":
-            return self.lr * (1 - math.cos(math.pi * left)) / 2
-        return self.lr
+            left = (1 - math.cos(math.pi * left)) / 2
+        return self.lr * (self.floor + (1 - self.floor) * left)
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on: a training is resumed only under the same."""
