@@ -197,6 +197,24 @@ def test_resume_is_exact_anywhere(tmp_path, kill, how):
         trained(model(), other, folder=tmp_path / "cut", checkpoint_every=1)
 
 
+def test_looks_at_held_out_text_leave_no_trace():
+    """Survivors are fitted to inputs of the training step alone."""
+    weights = []
+    for every in (1, 100):
+        model = exact_llama()
+        hook = PruningAware(options(model))
+        held = windows(4, seed=9).ids
+
+        def look(model=model, held=held):
+            with torch.no_grad():
+                return float(model(held).logits.mean())
+
+        settings = TrainSettings(steps=8, lr=2e-3, batch=4, validate_every=every)
+        fit(model, windows(), settings, hooks=[hook], loss=exact_loss, validate=look)
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def test_accumulation_and_checkpointing_choose_the_same():
     events = []
     for own, again in (({}, False), ({"micro_batch": 1}, False), ({"micro_batch": 2}, True)):

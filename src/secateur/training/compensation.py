@@ -58,6 +58,8 @@ class Compensation:
     ) -> None:
         self.per_window = max(1, -(-tokens // windows))
         self.damping, self.solver = damping, solver
+        self.looking = False
+        """Inputs are sampled while this is set: a training step's, and not a validation's."""
         self.sites: dict[str, _Site] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for group in groups:
@@ -85,6 +87,8 @@ class Compensation:
 
     def _sampler(self, site: _Site) -> Any:
         def sample(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not self.looking:
+                return
             x = args[0].detach()
             if x.dim() == 2:
                 x = x.unsqueeze(0)

@@ -182,9 +182,13 @@ class PruningAware(Hook):
         """See ``Hook``."""
         if self._started is None or self._started[0] != at.step:
             self._started = (at.step, time.perf_counter())
+        if self._compensation is not None:
+            self._compensation.looking = True
 
     def after_backward(self, at: Training) -> None:
         """See ``Hook``: the step's gradients, summed over processes, not yet clipped."""
+        if self._compensation is not None:
+            self._compensation.looking = False
         if self._waiting:
             silence_gradients(at.model, self._groups, self._gone)
         if self.settled:
@@ -382,6 +386,7 @@ class PruningAware(Hook):
         cut = StructuredMask({k: t.bool() for k, t in parts["cut"].items()})
         if cut.gone and (before is None or before != cut):
             shrink(at.model, cut, optimizers=[at.optimizer], also=self.also)
+        self.sums.sums = {}  # of the sizes before
         self._look(at.model)
         record = json.loads(bytes(state["record"].tolist()).decode())
         for name in ("events", "spans", "seconds", "initial", "keys", "settled"):
