@@ -41,6 +41,16 @@ class Budget:
         return min(width, group.n_units)
 
 
+def check_reachable(groups: ChannelGroups, budget: Budget) -> None:
+    """Refuse a budget that even the narrowest network exceeds.
+
+    Raises:
+        UsageError: saying what can be reached.
+    """
+    narrowest = {g.key: budget.allowed(g, budget.at_least) for g in groups.prunable}
+    _limit(budget.cost(groups), budget, narrowest, groups)
+
+
 def uniform_widths(groups: ChannelGroups, budget: Budget) -> dict[str, int]:
     """The same share of every group that can lose any; the most that still fits the budget.
 

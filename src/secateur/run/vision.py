@@ -94,6 +94,8 @@ def execute_vision(
     if out is not None:
         writable(out)
     session = prepare_vision(recipe, model, images, tests, progress)
+    job = _job(session, out)
+    session.method.check_job(job)
     with ExitStack() as stack:
         folder = None
         if out is not None:
@@ -104,7 +106,7 @@ def execute_vision(
         dense = deepcopy(session.model)
         measured: dict[str, Accuracy | None] = {"dense": _measured(session)}
         with session.timed("pruning"):
-            outcome = _cut(session, folder)
+            outcome = _cut(session, job, folder)
         check_zeros(session.model, outcome.masks)
         measured["cut"] = _measured(session)
         with session.timed("recalibration"):
@@ -170,16 +172,11 @@ def _pretrain(session: VisionSession, folder: RunFolder | None) -> dict[str, Any
     return fitted.record()
 
 
-def _cut(session: VisionSession, folder: RunFolder | None) -> VisionOutcome:
-    """Let the method do its work, once for a folder."""
-    if folder is not None:
-        done = load_outcome(folder, session)
-        if done is not None:
-            folder.event("resumed", stage="cut")
-            return done
+def _job(session: VisionSession, out: Path | None) -> VisionJob:
+    """What the method gets."""
     recipe, structure = session.recipe, session.recipe.structure
     spec = recipe.training
-    job = VisionJob(
+    return VisionJob(
         model=session.model,
         groups=session.groups,
         target=session.target,
@@ -190,11 +187,20 @@ def _cut(session: VisionSession, folder: RunFolder | None) -> VisionOutcome:
         at_least=structure.at_least,
         round_to=structure.round_to,
         ranking=structure.ranking,
-        folder=None if folder is None else folder.inner / "method",
+        folder=None if out is None else out / "secateur" / "method",
         progress=session.progress,
         notes=session.notes,
         example=session.example,
     )
+
+
+def _cut(session: VisionSession, job: VisionJob, folder: RunFolder | None) -> VisionOutcome:
+    """Let the method do its work, once for a folder."""
+    if folder is not None:
+        done = load_outcome(folder, session)
+        if done is not None:
+            folder.event("resumed", stage="cut")
+            return done
     outcome = session.method.prune(job)
     session.model.eval()
     if folder is not None:
