@@ -323,6 +323,22 @@ def test_the_command_line_speaks_of_accuracy(dense: Path, tmp_path: Path, capsys
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["field"] == field
 
 
+def test_methods_are_compared_from_one_dense_network(tmp_path: Path, capsys: Any) -> None:
+    words = ["compare", "resnet", "--images", "digits", "--model-option", "width=6"]
+    words += ["--model-option", "blocks=1", "--pretrain", "steps=30", "--no-speed", "--json"]
+    words += ["-m", "channel-l2,channel-random", "-s", "20%,40%", "-o", str(tmp_path / "table")]
+    assert main(words) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for cells in record["cells"].values():
+        assert 0.2 <= cells["20%"]["delivered"] < 0.3
+        assert 0.4 <= cells["40%"]["delivered"] < 0.5
+    before = (tmp_path / "table" / "channel-l2-40" / "report.json").stat().st_mtime_ns
+    assert main([*words[:-3], "20%,40%", *words[-2:]]) == 0  # finished cells are only read
+    assert (tmp_path / "table" / "channel-l2-40" / "report.json").stat().st_mtime_ns == before
+    assert "channel-random" in (tmp_path / "table" / "report.md").read_text()
+    assert main([*words[:-5], "wanda", *words[-4:-1], str(tmp_path / "other")]) == 2
+
+
 def test_onnx_computes_the_same(dense: Path, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

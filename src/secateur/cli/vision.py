@@ -111,6 +111,47 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         common.say(f"report      {common.plain(report['folder'])}/report.html")
 
 
+BASELINES = ("channel-l1", "channel-l2", "channel-fpgm")
+"""What is compared when nothing is named."""
+
+
+def compare(recipe: Any, names: list[str], targets: list[str], out: Path, as_json: bool) -> None:
+    """Several methods and targets, as a table."""
+    from secateur.report.vision_comparison import rows
+    from secateur.run.vision_compare import compare_vision
+
+    record = compare_vision(
+        recipe,
+        names,
+        targets,
+        out,
+        progress=common.progress(as_json),
+        command=common.command_line(),
+    )
+    if as_json:
+        common.emit(record)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for heading in ("method", "asked", "went", "after the cut", "accuracy", "FLOPs", "speed"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows(record):
+        table.add_row(
+            row["method"],
+            row["target"],
+            f"{row['delivered']:.1%} of {row['kind']}",
+            f"{row['cut']:.2%}",
+            f"{row['accuracy']:.2%}",
+            f"{row['flops']:.2f}x",
+            row["time"],
+        )
+    Console().print(table)
+    common.say(f"dense {record['dense']:.2%}; protocol {record['protocol']['digest']}")
+    common.say(f"report {common.plain(out)}/report.html")
+
+
 def show_accuracy(record: dict[str, Any], as_json: bool) -> None:
     """The outcome of ``secateur eval --images``."""
     if as_json:
