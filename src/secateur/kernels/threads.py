@@ -9,4 +9,4 @@ def as_many_as_torch() -> None:
     """Set numba's number of threads, in this thread, to torch's (at most what numba started with)."""
     import numba
 
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
