@@ -205,8 +205,8 @@ class Recovery(_Part):
         None, ge=1, description="stop after so many looks at held-out windows without a gain"
     )
     validate_every: int = Field(50, ge=1, description="steps between such looks")
-    precision: Literal["auto", "no", "bf16"] = Field(
-        "auto", description="auto: bf16 on a GPU that has it"
+    precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it; fp16: under a scaled loss"
     )
     shard: bool = Field(
         False, description="share weights out over the processes of torchrun (FSDP)"
