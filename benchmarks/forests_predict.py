@@ -32,15 +32,15 @@ SHARES = (0.9, 0.5, 0.2)
 
 
 def in_turn(before, after, x: np.ndarray, rounds: int) -> tuple[float, float, float]:
-    """Median seconds of both models' ``predict``, and the median of the ratios of neighbours."""
+    """Median processor seconds of both models' ``predict``, and the median of the ratios of neighbours."""
     seconds: list[list[float]] = [[], []]
     for turn in range(rounds + 1):
         # Who goes first changes, so that nobody always runs on the other's warm caches.
         for which in (0, 1) if turn % 2 else (1, 0):
-            start = time.perf_counter()
+            start = time.process_time()
             (before, after)[which].predict(x)
             if turn:  # the first round warms up
-                seconds[which].append(time.perf_counter() - start)
+                seconds[which].append(time.process_time() - start)
     ratios = [b / a for a, b in zip(*seconds, strict=True)]
     return (*map(statistics.median, seconds), statistics.median(ratios))
 

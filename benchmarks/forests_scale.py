@@ -76,7 +76,11 @@ def measure(
         price = programme.price(lam)
         for solver in solvers:
             start, cpu = time.perf_counter(), time.process_time()
-            cut = solve(programme.reduced, price, solver, PrimalDualOptions(n_jobs=2))
+            # "published": the primal-dual with the authors' steps.
+            steps = "published" if solver == "published" else "averaged"
+            name = "primal_dual" if solver == "published" else solver
+            options = PrimalDualOptions(n_jobs=2, steps=steps)
+            cut = solve(programme.reduced, price, name, options)
             error, cost = programme.measure(programme.lift(cut.kept))
             row = {
                 "lam": lam,

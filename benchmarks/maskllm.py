@@ -1,7 +1,7 @@
 """Learned 2:4 masks against one-shot masks on stories260k: perplexity, groups changed, time.
 
 python -m benchmarks.maskllm                      # every cell, three seeds; resumes cell by cell
-python -m benchmarks.maskllm --steps 100 --seeds 0
+python -m benchmarks.maskllm --steps 100 --seeds 0 --names "maskllm, no prior"
 python -m benchmarks.maskllm --speed              # one step against plain fine-tuning
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -69,37 +70,45 @@ def cell(name: str, seed: int, steps: int) -> dict[str, Any]:
     changes = dict(LEARNED[name])
     share = changes.pop("steps", 1.0)
     options |= {**changes, "steps": max(1, round(steps * share))}
+    started = time.process_time()
     result = secateur.prune(model, method="maskllm", options=options, calibration=train, **settings)
+    spent = time.process_time() - started
     learning = result.report["learning"]
     return {
         "perplexity": perplexity(result.model, held),  # type: ignore[arg-type]
         "changed": learning["changed"],
-        "seconds": learning["seconds"],
+        "cpu_seconds": round(spent, 1),
         "validations": learning["validations"],
         "moved": learning["moved"][:: max(1, len(learning["moved"]) // 20)],
     }
 
 
-def grid(seeds: list[int], steps: int) -> dict[str, Any]:
+def grid(seeds: list[int], steps: int, names: list[str]) -> dict[str, Any]:
     """All cells; those already measured under the same steps are read."""
     path = RESULTS / "maskllm_cells.json"
     cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def key_of_cell(name: str, seed: int) -> str:
+        return f"{name} / seed {seed}" + (f" / {steps} steps" if name in LEARNED else "")
+
     for seed in seeds:
-        for name in ["dense", *ONE_SHOT, *LEARNED]:
-            key = f"{name} / seed {seed}" + ("" if name not in LEARNED else f" / {steps} steps")
+        for name in names:
+            key = key_of_cell(name, seed)
             if key not in cells:
                 cells[key] = cell(name, seed, steps)
                 write_json(path, cells)
                 print(f"{key}: {cells[key]['perplexity']:.3f}", flush=True)
     table = {}
     for name in ["dense", *ONE_SHOT, *LEARNED]:
-        found = [c for k, c in cells.items() if k.startswith(f"{name} / ")]
+        found = [c for s in range(100) if (c := cells.get(key_of_cell(name, s)))]
+        if not found:
+            continue
         values = [c["perplexity"] for c in found]
         table[name] = {"median": statistics.median(values), "each": values}
-        if "changed" in found[0]:
-            table[name]["changed"] = statistics.median(c["changed"] for c in found)
-            table[name]["seconds"] = statistics.median(c["seconds"] for c in found)
-    return {"steps": steps, "seeds": seeds, "table": table}
+        for what in ("changed", "cpu_seconds"):
+            if what in found[0]:
+                table[name][what] = statistics.median(c[what] for c in found)
+    return {"steps": steps, "table": table}
 
 
 def speed(rounds: int) -> dict[str, Any]:
@@ -164,21 +173,16 @@ def main() -> None:
     """The grid, or the speed."""
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--names", nargs="+", default=["dense", *ONE_SHOT, *LEARNED])
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        import numba
-
-        numba.set_num_threads(1)
-    except ImportError:
-        pass
     if given.speed:
         finish("maskllm_speed", speed(given.rounds), given.json)
         return
-    record = grid(given.seeds, given.steps)
+    record = grid(given.seeds, given.steps, given.names)
     for name, row in record["table"].items():
         print(f"{name:34} {row['median']:9.3f}  {row.get('changed', float('nan')):.1%}")
     finish("maskllm", record, given.json)

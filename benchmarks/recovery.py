@@ -8,7 +8,7 @@
 Cells already in the result file are kept, so a stopped grid goes on. stories260k comes with no
 text: windows are sampled from the model itself, one set to calibrate and train on, another to
 measure on. The small OPT is trained on the first set. Learning rates are chosen for each way
-on a third set (``RATES``, one criterion and target, seed 0) and kept for the whole grid.
+on a third set (one criterion and target, seed 0) and kept for the whole grid.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ WAYS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "reconstruction": ("reconstruct", ("norms", "mask-lora"), {"rank": 8, "alpha": 16.0}),
     "full": ("full", ("all",), {}),
 }  # fmt: skip
+LR_LADDER = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 LR_CHOICES = (3e-3, 1e-2, 3e-2)
+"""Rates tried at first; beyond them where the best is at their edge."""
 SEARCH_STEPS = 20
 """Steps of the trainings that choose a rate."""
 
@@ -109,13 +111,14 @@ class Bench:
             for target in targets:
                 for criterion in criteria:
                     cells = self.record["cells"].setdefault(f"{criterion} {target} {seed}", {})
-                    missing = [w for w in ["none", *ways] if w not in cells]
+                    for way in ways:
+                        self._choose_rate(way)
+                    missing = [w for w in ["none", *ways] if not self._measured(cells.get(w), w)]
                     if not missing:
                         continue
                     print(f"{self.name}: {criterion} {target} seed {seed}", flush=True)
                     pruned, masks = self.prune(criterion, target, seed)
                     for way in missing:
-                        self._choose_rate(way)
                         cells[way] = self.cell(pruned, masks, way, seed)
                         print(f"   {way:28} {_told(cells[way])}", flush=True)
                         self.save()
@@ -171,23 +174,40 @@ class Bench:
             "lr": rate,
         }
 
+    def _measured(self, cell: dict[str, Any] | None, way: str) -> bool:
+        """Whether a cell is there, and at the rate that is chosen now."""
+        return cell is not None and (way == "none" or cell["lr"] == self.record["rates"][way]["lr"])
+
     def _choose_rate(self, way: str) -> None:
-        """The best of a few rates on windows that are neither trained nor measured on."""
-        if way == "none" or way in self.record["rates"]:
-            return
+        """The best of a few rates on windows that are neither trained nor measured on.
+
+        Where the best is the lowest or the highest tried, the next beyond it is tried too.
+        """
+        known = self.record["rates"].get(way)
+        if known and not known["tried"]:
+            return  # given
+        tried = {float(rate): value for rate, value in (known or {"tried": {}})["tried"].items()}
+        wanted: list[float] = [rate for rate in LR_CHOICES if rate not in tried]
+        while True:
+            for lr in wanted:
+                tried[lr] = self._search(way, lr)
+            best, tries = min(tried, key=lambda rate: tried[rate]), sorted(tried)
+            at = LR_LADDER.index(best)
+            beyond = LR_LADDER[max(0, at - 1) : at + 2]
+            wanted = [rate for rate in beyond if not tries[0] <= rate <= tries[-1]]
+            if not wanted:
+                break
+        self.record["rates"][way] = {"lr": best, "tried": {str(k): tried[k] for k in tries}}
+
+    def _search(self, way: str, lr: float) -> float:
         if self._searched is None:
             self._searched = self.prune("magnitude", "0.6", 0)
         pruned, masks = self._searched
-        tried = {}
-        for lr in LR_CHOICES:
-            try:
-                tried[lr] = self.cell(pruned, masks, way, 0, lr, "valid", SEARCH_STEPS)[
-                    "perplexity"
-                ]
-            except secateur.SecateurError:
-                tried[lr] = float("inf")
-        best = min(tried, key=lambda rate: tried[rate])
-        self.record["rates"][way] = {"lr": best, "tried": {str(k): v for k, v in tried.items()}}
+        try:
+            cell = self.cell(pruned, masks, way, 0, lr, "valid", SEARCH_STEPS)
+        except secateur.SecateurError:
+            return float("inf")
+        return float(cell["perplexity"])
 
     def save(self) -> None:
         """Keep what is done."""

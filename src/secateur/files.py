@@ -38,6 +38,13 @@ def told_plainly(path: Path) -> Iterator[None]:
         ) from error
 
 
+def cache_folder() -> Path:
+    """What may be thrown away: ``$SECATEUR_CACHE``, or ``secateur`` in the user's cache folder."""
+    if chosen := os.environ.get("SECATEUR_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "secateur"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is flushed to disk and renamed.

@@ -111,8 +111,8 @@ class Pretraining(Part):
     temperature: float = Field(2.0, gt=0, description="of that divergence")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     validate_every: int = Field(50, ge=1, description="steps between looks at the held-out text")
-    precision: Literal["auto", "no", "bf16"] = Field(
-        "auto", description="auto: bf16 on a GPU that has it"
+    precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it; fp16: under a scaled loss"
     )
     checkpointing: bool = Field(
         False, description="compute activations again in backward: less memory, more time"

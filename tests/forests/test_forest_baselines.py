@@ -106,6 +106,18 @@ def test_budgetrf_prefers_cheap_features() -> None:
     assert usage[:10].sum() > 3 * usage[10:].sum()
 
 
+def test_a_comparison_is_the_same_again() -> None:
+    one, two = (
+        compare(
+            X, Y, RandomForestClassifier(4), lambda seed: np.ones(30),
+            methods=["budgetprune", "greedy", "budgetrf"], seeds=[3], budgets=(0.3, 0.6),
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    assert one.scores == two.scores
+    assert one.costs == two.costs
+
+
 def test_budgetprune_beats_cost_complexity_in_the_middle() -> None:
     """The ordering that is robust over seeds (the one against GreedyPrune is not)."""
     result = compare(

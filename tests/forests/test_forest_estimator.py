@@ -6,8 +6,8 @@ import pickle
 import warnings
 from importlib.util import find_spec
 
+import joblib
 import numpy as np
-import pandas as pd
 import pytest
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
@@ -231,6 +231,11 @@ def test_data_frames_keep_their_names() -> None:
         ({"feature_costs": np.r_[-1.0, np.ones(29)]}, "x0"),
         ({"feature_costs": np.r_[np.ones(29), np.nan]}, "x29"),
         ({"feature_costs": [1.0, 2.0]}, "each of the 30"),
+        ({"feature_costs": ["dear"] * 30}, "prices are numbers"),
+        ({"feature_costs": {f"x{i}": "dear" for i in range(30)}}, "prices are numbers"),
+        ({"feature_groups": 3}, "1 labels"),
+        ({"validation_fraction": "half"}, "validation_fraction='half'"),
+        ({"lam": True}, "lam=True"),
         ({"feature_groups": ["a"]}, "feature_groups"),
         ({"feature_groups": ["a"] * 30, "feature_costs": np.arange(30.0)}, "two prices"),
         ({"error_source": "test"}, "error_source='test'"),
@@ -276,6 +281,23 @@ def test_wrong_data_is_named() -> None:
     two = RandomForestClassifier(2).fit(X, np.stack([Y, 1 - Y], 1))
     with pytest.raises(ForestInputError, match="one output"):
         BudgetPruner(two, lam=1.0, prefit=True).fit(X, Y)
+
+
+def test_wrong_requests_of_a_fitted_pruner_are_named() -> None:
+    pruner = BudgetPruner(FOREST, lam=1e-3, random_state=0).fit(X, Y)
+    path = pruner.prune_path(points=3)
+    for call, words in (
+        (lambda: pruner.predict_lazy(lambda f, r: X[r][:, f], -1), "n=-1"),
+        (lambda: pruner.predict_lazy(lambda f, r: X[r][:, f], 2.5), "n=2.5"),
+        (lambda: pruner.predict_lazy(lambda f, r: ["a"] * len(r), 2), "no array of numbers"),
+        (lambda: pruner.predict_lazy(X, 2), "must be a function"),
+        (lambda: pruner.prune_path(points=1), "points=1"),
+        (lambda: pruner.forest_at(path, 3), "has 3 points"),
+    ):
+        with pytest.raises(ForestInputError, match=words):
+            call()
+    last, same = pruner.forest_at(path, -1), pruner.forest_at(path, 2)
+    assert (last.predict_proba(X) == same.predict_proba(X)).all()
 
 
 def test_unseen_labels_count_as_wrong_with_a_warning() -> None:
@@ -349,7 +371,6 @@ def test_onnx_of_the_pruned_forest() -> None:
 
 @pytest.mark.parametrize("backend", ["loky", "threading"])
 def test_any_joblib_backend_gives_the_same(backend: str) -> None:
-    import joblib
 
     forest = clone(FOREST).fit(X[:300], Y[:300])
     alone = BudgetPruner(forest, lam=3e-3, prefit=True).fit(X[300:], Y[300:])
@@ -360,21 +381,43 @@ def test_any_joblib_backend_gives_the_same(backend: str) -> None:
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.skipif(not find_spec("distributed"), reason="needs dask.distributed")
-def test_trees_on_a_dask_cluster() -> None:
-    import joblib
-    from distributed import Client, LocalCluster
-
+def on_a_cluster(backend: str) -> None:
+    """The same optimum, and that the work really went to the backend that was asked for."""
     forest = clone(FOREST).fit(X[:300], Y[:300])
     alone = BudgetPruner(forest, lam=3e-3, prefit=True).fit(X[300:], Y[300:])
-    with (
-        LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster,
-        Client(cluster),
-        joblib.parallel_config(backend="dask"),
-    ):
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        chosen = joblib.Parallel(prefer="threads")._backend
+        assert backend in type(chosen).__module__.lower() + type(chosen).__name__.lower()
         spread = changed(alone).fit(X[300:], Y[300:])
     assert spread.objective_ == alone.objective_
-    assert pd.Series(spread.cost_).notna().all()
+    for ours, theirs in zip(spread.kept_, alone.kept_, strict=True):
+        assert (ours == theirs).all()
+
+
+@pytest.mark.slow  # workers are processes, and import everything anew
+@pytest.mark.skipif(not find_spec("distributed"), reason="needs dask.distributed")
+def test_trees_on_a_dask_cluster() -> None:
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster),
+    ):
+        on_a_cluster("dask")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("ray"), reason="needs ray")
+def test_trees_on_a_ray_cluster() -> None:
+    import ray
+    from ray.util.joblib import register_ray
+
+    register_ray()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        on_a_cluster("ray")
+    finally:
+        ray.shutdown()
 
 
 def test_a_fitted_forest_with_other_columns_is_refused() -> None:

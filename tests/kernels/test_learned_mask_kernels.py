@@ -1,9 +1,11 @@
 """The mixed masks: rows sum to N, gradients are right, the fused form says what torch says."""
 
+import shutil
+
 import pytest
 import torch
 
-from secateur.kernels import candidate_mix
+from secateur.kernels import _candidate_compiled, candidate_mix
 from secateur.kernels.candidate_mix import CandidateMix, Draw, gumbel, key_of, probabilities
 from secateur.kernels.soft_top import SoftTop, relaxed_top
 
@@ -46,6 +48,33 @@ def test_fused_and_plain_forms_agree(pattern, draw, monkeypatch):
     plain = mix.masked(weight, logits, draw), *mix.backward(weight, logits, grad, -0.3, draw)
     for ours, theirs in zip(fused, plain, strict=True):
         assert float((ours - theirs).abs().max()) <= 3e-5 * float(theirs.abs().max())
+
+
+@pytest.mark.slow
+def test_generated_and_plain_forms_agree(torch_only, monkeypatch):
+    # Made for GPUs; the same functions compiled for the CPU say whether they are right.
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    mix = CandidateMix(2, 4)
+    for draw, groups in zip(DRAWS, (700, 1500, 700), strict=True):
+        weight, logits, grad = case(mix, groups)
+        plain = mix.masked(weight, logits, draw), *mix.backward(weight, logits, grad, -0.3, draw)
+        with monkeypatch.context() as patch:
+            patch.setattr(candidate_mix, "_generated", lambda *_: _candidate_compiled.compiled())
+            made = mix.masked(weight, logits, draw), *mix.backward(weight, logits, grad, -0.3, draw)
+        for ours, theirs in zip(made, plain, strict=True):
+            assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+
+
+def test_kernels_are_generated_only_for_gpus_that_triton_knows(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    assert not _candidate_compiled.serves(torch.device("cuda"))
+    assert not _candidate_compiled.serves(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert _candidate_compiled.serves(torch.device("cuda"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert not _candidate_compiled.serves(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

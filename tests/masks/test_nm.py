@@ -74,6 +74,32 @@ def test_masks_that_are_no_pattern_are_refused():
         nm.candidates(16, 32)
 
 
+@pytest.mark.parametrize("pattern", [(2, 4), (3, 7), (4, 8)])
+def test_numbers_beyond_the_tables_are_the_tables(pattern, monkeypatch):
+    mask = ~nm.candidates(*pattern)
+    numbers = torch.arange(len(mask))[:, None]
+    assert torch.equal(nm.encode(mask, *pattern), numbers)
+    monkeypatch.setattr(nm, "WIDEST", 0)
+    assert torch.equal(nm.encode(mask, *pattern), numbers)
+    assert torch.equal(nm.decode(numbers, *pattern), mask)
+
+
+@pytest.mark.parametrize("pattern", [(1, 20), (16, 32), (32, 32), (2, 64), (31, 64)])
+def test_wide_groups_are_packed_too(pattern):
+    keep, group = pattern
+    mask = random_mask(3, 5, keep, group)
+    packed = nm.pack_indices(nm.encode(mask, keep, group), keep, group)
+    assert packed.numel() == nm.packed_bytes(15, keep, group)
+    back = nm.unpack_indices(packed, 15, keep, group)
+    assert torch.equal(nm.decode(back.view(3, 5), keep, group), mask)
+
+
+def test_more_patterns_than_numbers_are_refused():
+    assert not nm.numbered(64, 128)
+    with pytest.raises(UsageError, match="too many patterns"):
+        nm.encode(random_mask(1, 1, 64, 128), 64, 128)
+
+
 def test_damaged_numbers_are_refused():
     packed = nm.pack_indices(nm.encode(random_mask(4, 9, 2, 4), 2, 4), 2, 4)
     with pytest.raises(SecateurError, match="take"):

@@ -53,6 +53,38 @@ def test_two_masks_of_one_model(tmp_path):
         assert torch.equal(a.tensor() + b.tensor(), w.tensor())
 
 
+@pytest.mark.parametrize("pattern", ["12:24", "1:16", "5:8"])
+def test_any_pattern_and_another_for_each_matrix(pattern, tmp_path):
+    view = ModelView.of(tiny_model("llama"))
+    targets = {m.name: TARGET for m in view.matrices()}
+    first = view.matrices()[0]
+    targets[first.name] = Target.parse(pattern)
+    masks = {
+        m.name: select(m.tensor().abs(), Cut.of(m.shape, targets[m.name], Scope("row")))
+        for m in view.matrices()
+    }
+    save_mask(tmp_path / "a.mask", view, masks, targets)
+    file = MaskFile(tmp_path / "a.mask")
+    assert str(file.patterns[first.name]) == pattern
+    assert all(torch.equal(file[name], mask) for name, mask in masks.items())
+
+
+def test_patterns_too_many_to_number_are_bits(tmp_path):
+    from torch import nn
+
+    from secateur.models.anatomy import Matrix
+
+    layer = Matrix("w", nn.Linear(256, 6, bias=False))
+    target = Target.parse("64:128")
+    masks = {"w": select(layer.tensor().abs(), Cut.of(layer.shape, target, Scope("row")))}
+    save_mask(tmp_path / "a.mask", {"w": layer}, masks, target)
+    assert torch.equal(MaskFile(tmp_path / "a.mask")["w"], masks["w"])
+    masks["w"][0, 0] = ~masks["w"][0, 0]
+    with pytest.raises(SecateurError, match="does not keep 64 of every 128"):
+        save_mask(tmp_path / "b.mask", {"w": layer}, masks, target)
+    assert not (tmp_path / "b.mask").exists()
+
+
 def test_other_weights_are_refused_and_left_alone(tmp_path):
     view = ModelView.of(tiny_model("llama"))
     save_mask(tmp_path / "a.mask", view, masks_of(view), TARGET)

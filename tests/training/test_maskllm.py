@@ -246,6 +246,17 @@ def test_memory_is_what_the_paper_counts():
     assert bytes_per_weight(8, 16, Learning()) == 16
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_learning_in_half_precision_is_about_the_same(family):
+    def losses(precision):
+        model = tiny_model(family)
+        masks = attached(model)
+        how = settings(precision=precision, steps=3, micro_batch=2)
+        return fit(model, Windows(IDS), how, loss=masks.loss(), hooks=[masks]).losses
+
+    assert losses("bf16") == pytest.approx(losses("no"), rel=0.02)
+
+
 # -- in a run ------------------------------------------------------------------------------------
 
 RUN = {
@@ -264,7 +275,7 @@ def test_a_run_learns_saves_and_reports(tmp_path):
     assert learning["prior"]["quality"]["pruned"]["perplexity"] > 0
     assert len(learning["validations"]) == 3
     file = MaskFile(tmp_path / "run" / "learned.mask")
-    assert file.target == TARGET
+    assert set(file.patterns.values()) == {TARGET}
     assert all(torch.equal(file[name], result.masks[name]) for name in result.masks)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "The learned mask" in page

@@ -81,5 +81,52 @@ def test_two_processes_give_what_one_gives(tmp_path, train, how):
     assert torch.allclose(made[2][0], made[1][0], atol=1e-5)
 
 
+LEARNING = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from secateur.run.ranks import Ranks
+from secateur.training.loop import Hook, fit
+from test_maskllm import IDS, Windows, attached, magnitude_masks, settings
+from secateur.models.anatomy import ModelView
+from secateur.models.tiny import tiny_model
+ranks = Ranks.from_environment("cpu")
+model = tiny_model("llama")
+masks = attached(model, prior=magnitude_masks(ModelView.of(model)))
+class Noted(Hook):
+    keys = []
+    def before_forward(self, at):
+        self.keys.extend(m.draw.key for m in masks.modules.values())
+how = settings(steps=3, micro_batch=1, lr=2e-2)
+fit(model, Windows(IDS), how, loss=masks.loss(), hooks=[masks, Noted()], folder=Path(sys.argv[1]) / "run")
+logits = [m.mask_logits.detach() for m in masks.modules.values()]
+changed = masks.moved[-1][1]
+torch.save((logits, masks.detach(), Noted.keys, changed), f"{sys.argv[1]}/{ranks.rank}.pt")
+"""
+
+
+def test_two_processes_learn_one_mask_from_different_draws(tmp_path):
+    import torch
+
+    script = tmp_path / "script.py"
+    script.write_text(LEARNING)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         "--master-port", "0", str(script), str(tmp_path), os.path.dirname(__file__)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+    assert all(torch.equal(mask, two[1][name]) for name, mask in one[1].items())
+    assert one[3] > 0.01  # the masks have moved
+    # 3 steps of 2 forwards in each: no draw is made twice, in one process or in both.
+    assert len(one[2]) == len(two[2]) == 3 * 2 * len(one[0])
+    assert len({*one[2], *two[2]}) == 2 * len(one[2])
+
+
 def _path():
     return os.pathsep.join(p for p in sys.path if p)

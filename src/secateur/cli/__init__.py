@@ -35,7 +35,7 @@ COMMANDS = (
     "demo",
 )
 # Commands with commands of their own.
-GROUPS = ("allocate", "forest", "lottery")
+GROUPS = ("allocate", "mask", "forest", "lottery")
 
 app = typer.Typer(
     name="secateur",

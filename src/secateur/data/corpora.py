@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from secateur import files
 from secateur.data import cleaning
 from secateur.data.packages import Package, unpacked
 from secateur.errors import MissingExtra, SecateurError
@@ -92,10 +93,8 @@ def corpus_documents(corpus: Corpus, part: str = "all", progress: Progress = SIL
 
 def cache_folder() -> Path:
     """Where fetched corpora are kept."""
-    if chosen := os.environ.get("SECATEUR_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "secateur" / "data"
+    folder = files.cache_folder()
+    return folder if os.environ.get("SECATEUR_CACHE") else folder / "data"
 
 
 def data_folder() -> Path | None:

@@ -18,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 from sklearn.base import is_classifier
 from sklearn.tree._tree import Tree
+from sklearn.utils import check_random_state
 
 from secateur.forests.baselines import CandidatePruner
 from secateur.forests.checks import ForestInputError, UnsupportedForestError
@@ -73,12 +74,12 @@ class BudgetRF(CandidatePruner):
         price: NDArray[np.float64],
         alpha: float,
     ) -> Any:
-        rng = np.random.default_rng(self.random_state)
+        rng = check_random_state(self.random_state)
         n, d = binned.shape
         n_classes = len(forest.classes_)
         trees = []
         for estimator in forest.estimators_:
-            bag = rng.integers(0, n, n)
+            bag = rng.randint(0, n, n)
             columns = _grow_tree(binned[bag], y[bag], price, alpha * n, n_classes)
             trees.append((estimator, _as_tree(columns, edges, d, n_classes)))
         return with_trees(forest, trees)

@@ -71,7 +71,8 @@ def check_number(field: str, value: object) -> None:
     Raises:
         ForestInputError: naming ``field``.
     """
-    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type,operator]
         raise ForestInputError("must be a finite number, 0 or more", field=field, value=value)
 
 
@@ -116,7 +117,7 @@ def feature_costs(
         group = np.arange(d, dtype=np.int32)
         names = tuple(map(str, feature_names))
     else:
-        labels = [str(label) for label in groups]
+        labels = [str(label) for label in np.atleast_1d(np.asarray(groups, dtype=object))]
         if len(labels) != d:
             raise ForestInputError(
                 f"one label for each of the {d} features is needed",
@@ -160,9 +161,9 @@ def _prices(
                 value=features[per_feature.index(None)],
                 fix="price every feature; 0 for one that is free",
             )
-        array = np.asarray(per_feature, dtype=np.float64)
+        array = _numbers(per_feature)
     else:
-        array = np.asarray(costs, dtype=np.float64)
+        array = _numbers(costs)
         if array.ndim == 0:
             array = np.full(len(features), float(array))
     if array.shape != (len(features),):
@@ -191,6 +192,16 @@ def _prices(
             value=float(array[at]),
         )
     return price
+
+
+def _numbers(prices: Any) -> NDArray[np.float64]:
+    """Prices as an array of numbers."""
+    try:
+        return np.asarray(prices, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ForestInputError(
+            "prices are numbers", field="feature_costs", value=prices, fix="1.0 for each feature"
+        ) from None
 
 
 def check_forest(estimator: Any) -> None:

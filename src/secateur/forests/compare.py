@@ -126,7 +126,7 @@ def _budget_prune(source: str, loss: str, *, filled: bool = False) -> Candidates
 
 def _baseline(kind: type[CandidatePruner]) -> Candidates:
     def candidates(split: Split) -> list[tuple[float, Any]]:
-        pruner = kind(split.forest, **split.priced, prefit=True)
+        pruner = kind(split.forest, **split.priced, prefit=True, random_state=split.seed)
         pruner.fit(split.x_train, split.y_train, X_val=split.x_val, y_val=split.y_val)
         return [(c.knob, c.forest) for c in pruner.candidates_]
 

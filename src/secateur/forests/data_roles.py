@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def hold_out(
     examples: Examples, fraction: float, classifier: bool, seed: Any
 ) -> tuple[Examples, Examples]:
     """Split off ``fraction`` of the examples for pruning, by class where classes allow it."""
-    if not 0 < fraction < 1:
+    if not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise ForestInputError(
             "must lie between 0 and 1", field="validation_fraction", value=fraction
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,14 @@ def predict_lazy(forest: Any, costs: FeatureCosts, fetch: Fetch, n: int) -> Lazy
     pays does not depend on the order, since the forest needs the union of its trees' paths.
 
     Raises:
-        ForestInputError: ``fetch`` returned an array of another shape.
+        ForestInputError: ``fetch`` returned an array of another shape, or no numbers.
     """
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise ForestInputError("must be a whole number, 1 or more", field="n", value=n)
+    if not callable(fetch):
+        raise ForestInputError(
+            "must be a function of features and rows", field="fetch", value=fetch
+        )
     x = np.zeros((n, len(costs.group)), dtype=np.float32)
     known = np.zeros((n, len(costs.price)), dtype=np.bool_)
     trees = flatten(forest).trees
@@ -89,7 +96,12 @@ def as_fitted(forest: Any, x: NDArray[np.float32]) -> Any:
 def _checked(
     values: Any, rows: NDArray[np.intp], features: NDArray[np.intp], costs: FeatureCosts
 ) -> NDArray[np.float32]:
-    array = np.asarray(values, dtype=np.float32)
+    try:
+        array = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError) as problem:
+        raise ForestInputError(
+            f"fetch returned what is no array of numbers: {problem}", field="fetch"
+        ) from problem
     if array.shape == (len(rows),) and len(features) == 1:
         array = array[:, None]
     if array.shape != (len(rows), len(features)):

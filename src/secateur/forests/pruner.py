@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -242,6 +243,13 @@ class BudgetPruner(BudgetedForest):
             lams: the optima at these values instead.
             solver: an exact one; None for the estimator's own.
         """
+        if points is not None and (not isinstance(points, Integral) or points < 2):
+            raise ForestInputError(
+                "must be 2 or more: the cheapest and the most accurate are always there",
+                field="points",
+                value=points,
+                fix="None for every breakpoint",
+            )
         programme, solver = self._stated(), self._exact_solver("prune_path", solver)
         if lams is not None:
             for lam in np.atleast_1d(np.asarray(lams, dtype=np.float64)):
@@ -277,7 +285,13 @@ class BudgetPruner(BudgetedForest):
         return forests
 
     def forest_at(self, path: PrunePath, point: int) -> Any:
-        """The rebuilt forest of one of a path's points."""
+        """The rebuilt forest of one of a path's points; negative numbers count from the end."""
+        if not isinstance(point, Integral) or not -len(path) <= point < len(path):
+            raise ForestInputError(
+                f"the path has {len(path)} points", field="point", value=point,
+                fix=f"0 (the cheapest) to {len(path) - 1}",
+            )  # fmt: skip
+        point = int(point) % len(path)
         return self._rebuild(self._stated().lift(path.raw.kept_at_point(point)))
 
     def _state_programme(

@@ -128,7 +128,7 @@ def _classify(labels: pd.Series, task: str) -> bool:
         raise ForestInputError(
             "every row has the same target; there is nothing to learn",
             field="target",
-            value=labels.iloc[0],
+            value=str(labels.iloc[0]),
         )
     numeric = pd.api.types.is_numeric_dtype(labels)
     if task == "regression" and not numeric:

@@ -7,20 +7,22 @@ and backward, a resumed run and a re-computed activation all see the same draw a
 be stored but the logits. Backward makes the probabilities again: with ``u = (dL/dW^ * W) S^T``,
 ``d pi = kappa / tau * y * (u - <u, y>)``.
 
-On a CPU with numba (extra ``kernels``) both directions are one fused pass; elsewhere, and on a
-GPU, the same formulas run as torch operations over chunks.
+On a CPU with numba (extra ``kernels``) both directions are one fused pass each, on a GPU with Triton
+torch.compile makes them so; elsewhere the same formulas run as torch operations over chunks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.kernels.threads import as_many_as_torch
 from secateur.masks.nm import candidates
 
 _CHUNK = 1 << 17  # groups the torch form works on at a time
@@ -51,10 +53,9 @@ def key_of(*words: int) -> tuple[int, int]:
     return x & _M32, x >> 32
 
 
-def gumbel(start: int, shape: tuple[int, ...], key: tuple[int, int], device: Any = "cpu") -> Tensor:
+def gumbel(start: int, shape: tuple[int, ...], key: Any, device: Any = "cpu") -> Tensor:
     """Standard Gumbel draws number ``start``, ``start + 1`` ... of ``key``, float32 of ``shape``."""
-    count = int(np.prod(shape))
-    x = torch.arange(start, start + count, device=device) & _M32
+    x = torch.arange(start, start + prod(shape), device=device) & _M32
     x = x ^ key[0]
     for add in (key[1], 0):
         x = ((x ^ (x >> 16)) * 0x7FEB352D) & _M32
@@ -66,11 +67,16 @@ def gumbel(start: int, shape: tuple[int, ...], key: tuple[int, int], device: Any
 
 def probabilities(logits: Tensor, draw: Draw, start: int = 0) -> Tensor:
     """softmax((kappa pi + g) / tau) of (G, K) logits whose first group is number ``start``."""
-    scores = draw.kappa * logits.float()
-    if draw.key is not None:
+    return softened(logits, draw.key, draw.kappa, draw.tau, start)
+
+
+def softened(logits: Tensor, key: Any, kappa: Any, tau: Any, start: int = 0) -> Tensor:
+    """``probabilities`` of a draw in parts, which may be tensors."""
+    scores = kappa * logits.float()
+    if key is not None:
         first = start * logits.shape[-1]
-        scores = scores + gumbel(first, tuple(logits.shape), draw.key, logits.device)
-    return torch.softmax(scores / draw.tau, -1)
+        scores = scores + gumbel(first, tuple(logits.shape), key, logits.device)
+    return torch.softmax(scores / tau, -1)
 
 
 class CandidateMix:
@@ -101,6 +107,10 @@ class CandidateMix:
             fused.masked(*_numpy(self, logits, draw), weight.numpy(), out.numpy())
             return out
         table = self._table(logits.device)
+        generated = _generated(logits, self.logits_per_group)
+        if generated is not None:
+            made: Tensor = generated[0](weight, logits, table, *_tensors(draw, logits.device))
+            return made
         for at in range(0, len(logits), _CHUNK):
             part = slice(at, at + _CHUNK)
             out[part] = weight[part] * (probabilities(logits[part], draw, at) @ table)
@@ -129,6 +139,12 @@ class CandidateMix:
             )
             return d_logits, out
         table = self._table(logits.device)
+        generated = _generated(logits, self.logits_per_group)
+        if generated is not None:
+            slope = torch.tensor(square, device=logits.device)
+            how = (table, *_tensors(draw, logits.device))
+            d_logits, out = generated[1](weight, logits, grad, slope, *how)
+            return d_logits, out
         for at in range(0, len(logits), _CHUNK):
             part = slice(at, at + _CHUNK)
             y, w = probabilities(logits[part], draw, at), weight[part].float()
@@ -154,13 +170,31 @@ def _numpy(mix: CandidateMix, logits: Tensor, draw: Draw) -> tuple[Any, ...]:
     )
 
 
+def _tensors(draw: Draw, device: torch.device) -> tuple[Tensor, Tensor, bool]:
+    """Key and (kappa, tau) in tensors, so that a new draw compiles nothing anew."""
+    key = torch.tensor(draw.key or (0, 0), device=device)
+    return key, torch.tensor((draw.kappa, draw.tau), device=device), draw.key is not None
+
+
+def _generated(logits: Tensor, patterns: int) -> Any:
+    """The kernels that torch.compile makes, where there is a GPU it makes them for."""
+    if logits.device.type == "cpu":
+        return None
+    from secateur.kernels import _candidate_compiled as form
+
+    return form.compiled() if patterns <= form.MOST and form.serves(logits.device) else None
+
+
 def _fused(*tensors: Tensor) -> Any:
     """The compiled kernels where they serve: float32 on a CPU, numba there, counters of 32 bits."""
     for tensor in tensors:
         plain = tensor.device.type == "cpu" and tensor.dtype is torch.float32
         if not plain or not tensor.is_contiguous() or tensor.numel() >= 2**32:
             return None
-    return _compiled()
+    kernels = _compiled()
+    if kernels is not None:
+        as_many_as_torch()
+    return kernels
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,10 @@ index of each group, ``pack_indices`` writes indices in base K into words of who
 base-6 digits fit 44 bits, so 2:4 costs 0.647 bits a weight, and a 4:8 mask 0.767 of 0.766.
 
 The order of patterns is lexicographic in the kept positions (2:4: 1100, 1010, 1001, 0110, 0101,
-0011), as MaskLLM's (arXiv 2409.17481), and part of the file format.
+0011), as MaskLLM's (arXiv 2409.17481), and part of the file format. Up to M = 16 a table knows the
+numbers; beyond, they are computed: the pattern keeping c_1 < ... < c_N has as many before it as
+``C(M, N) - 1 - sum_i C(M - 1 - c_i, N - i + 1)`` says. Patterns of which there are 2^62 or more
+have no number here (``numbered``).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor
 from secateur.errors import SecateurError, UsageError
 
 WIDEST = 16
-"""Most weights in a group: the table that finds a pattern's index has 2**M entries."""
+"""Most weights in a group that tables are made for: one has 2**M entries."""
 
 _WORD_BITS = 62
 _CHUNK = 1 << 18  # words packed at a time, which bounds the temporary of one byte a bit
@@ -59,27 +62,70 @@ def _index_of_bits(keep: int, group: int) -> np.ndarray:
     return lookup
 
 
+@lru_cache(maxsize=32)
+def _following(keep: int, group: int) -> np.ndarray:
+    """C(M - 1 - j, r) for position j and r weights still to be kept, int64 (M, N + 1); r = 0: 0."""
+    out = np.zeros((group, keep + 1), np.int64)
+    for place in range(group):
+        for left in range(1, keep + 1):
+            out[place, left] = comb(group - 1 - place, left)
+    return out
+
+
+def numbered(keep: int, group: int) -> bool:
+    """Whether patterns of N:M have indices: there are fewer than 2^62 of them."""
+    return comb(group, keep) < 1 << _WORD_BITS
+
+
+def _refuse_unnumbered(keep: int, group: int) -> None:
+    if not numbered(keep, group):
+        raise UsageError(
+            "has too many patterns to count", field="sparsity", value=f"{keep}:{group}"
+        )
+
+
 def encode(mask: Tensor, keep: int, group: int) -> Tensor:
-    """Index of each group's pattern, int32 (..., d_in / M), of a mask whose True = pruned.
+    """Index of each group's pattern, int (..., d_in / M), of a mask whose True = pruned.
 
     Raises:
         SecateurError: M does not divide the columns, or a group does not keep exactly N.
+        UsageError: 2^62 patterns or more.
     """
+    _refuse_unnumbered(keep, group)
     if mask.shape[-1] % group:
         raise SecateurError(f"{group} does not divide {mask.shape[-1]} columns")
     kept = ~mask.detach().cpu().numpy().reshape(*mask.shape[:-1], -1, group)
-    weights = (1 << np.arange(group)).astype(np.int64)
-    index = _index_of_bits(keep, group)[kept @ weights]
-    if index.size and int(index.min()) < 0:
-        bad = int((index < 0).sum())
-        raise SecateurError(f"{bad} of {index.size} groups do not keep {keep} of {group}")
+    bad = int((kept.sum(-1) != keep).sum())
+    if bad:
+        groups = kept.size // group
+        raise SecateurError(f"{bad} of {groups} groups do not keep {keep} of {group}")
+    if group <= WIDEST:
+        return torch.from_numpy(_index_of_bits(keep, group)[kept @ (1 << np.arange(group))])
+    following, left = _following(keep, group), np.full(kept.shape[:-1], keep)
+    index = np.full(kept.shape[:-1], comb(group, keep) - 1, np.int64)
+    for place in range(group):
+        here = kept[..., place]
+        index -= np.where(here, following[place][left], 0)
+        left -= here
     return torch.from_numpy(index)
 
 
 def decode(index: Tensor, keep: int, group: int) -> Tensor:
     """The mask (..., d_in), True = pruned, whose groups have these pattern indices."""
-    patterns = ~candidates(keep, group)
-    return patterns[index.long()].reshape(*index.shape[:-1], -1)
+    if group <= WIDEST:
+        patterns = ~candidates(keep, group)
+        return patterns[index.long()].reshape(*index.shape[:-1], -1)
+    following = _following(keep, group)
+    after = comb(group, keep) - 1 - index.numpy().astype(np.int64)
+    left = np.full(after.shape, keep)
+    mask = np.ones((*after.shape, group), bool)
+    for place in range(group):
+        count = following[place][left]
+        here = (left > 0) & (after >= count)
+        after -= np.where(here, count, 0)
+        left -= here
+        mask[..., place] = ~here
+    return torch.from_numpy(mask).reshape(*index.shape[:-1], -1)
 
 
 @lru_cache(maxsize=32)
@@ -89,15 +135,21 @@ def word(keep: int, group: int) -> tuple[int, int]:
     >>> word(2, 4), word(1, 4)
     ((17, 44), (1, 2))
     """
-    bits = log2(comb(group, keep))
-    if bits == 0:
+    patterns = comb(group, keep)
+    if patterns == 1:
         return 1, 0
-    sizes = [(d, ceil(d * bits - 1e-9)) for d in range(1, max(2, int(_WORD_BITS / bits) + 1))]
+    digits = range(1, int(_WORD_BITS / log2(patterns)) + 1)
+    sizes = [(d, (patterns**d - 1).bit_length()) for d in digits]
     return min(sizes, key=lambda size: (size[1] / size[0], size[0]))
 
 
 def packed_bytes(groups: int, keep: int, group: int) -> int:
-    """Bytes ``pack_indices`` needs for that many groups."""
+    """Bytes ``pack_indices`` needs for that many groups.
+
+    Raises:
+        UsageError: 2^62 patterns or more.
+    """
+    _refuse_unnumbered(keep, group)
     digits, bits = word(keep, group)
     return ceil(ceil(groups / digits) * bits / 8)
 
@@ -131,7 +183,7 @@ def pack_indices(index: Tensor, keep: int, group: int) -> Tensor:
 
 
 def unpack_indices(packed: Tensor, groups: int, keep: int, group: int) -> Tensor:
-    """The first ``groups`` indices that ``pack_indices`` packed, int32.
+    """The first ``groups`` indices that ``pack_indices`` packed, int32 (int64 beyond M = 16).
 
     Raises:
         SecateurError: another number of bytes, or a number no packing gives.
@@ -143,8 +195,9 @@ def unpack_indices(packed: Tensor, groups: int, keep: int, group: int) -> Tensor
             f"{groups} groups of {keep}:{group} take {want} bytes, not {packed.numel()}"
         )
     patterns = comb(group, keep)
+    kind = np.int32 if group <= WIDEST else np.int64
     if not bits or not groups:
-        return torch.zeros(groups, dtype=torch.int32)
+        return torch.from_numpy(np.zeros(groups, kind))
     words = ceil(groups / digits)
     raw = packed.reshape(-1).numpy()
     shifts = np.arange(bits, dtype=np.uint64)
@@ -154,7 +207,7 @@ def unpack_indices(packed: Tensor, groups: int, keep: int, group: int) -> Tensor
         part = raw[at * bits // 8 : ceil((at + count) * bits / 8)]
         ones = np.unpackbits(part, count=count * bits, bitorder="little").reshape(count, bits)
         values[at : at + count] = (ones.astype(np.uint64) << shifts).sum(1, dtype=np.uint64)
-    out = np.empty((words, digits), np.int32)
+    out = np.empty((words, digits), kind)
     base = np.uint64(patterns)
     for digit in range(digits):
         out[:, digit] = values % base

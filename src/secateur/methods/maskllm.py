@@ -115,7 +115,7 @@ class MaskLLM(Described):
 
     @property
     def settings(self) -> TrainSettings:
-        """The part that is about training; no warm-up, a cosine, Adam's (0.9, 0.95), as published."""
+        """The part that is about training: no warm-up, a cosine to a tenth, Adam's (0.9, 0.95)."""
         return TrainSettings(
             steps=self.steps,
             lr=self.lr,
@@ -123,6 +123,7 @@ class MaskLLM(Described):
             micro_batch=self.micro_batch,
             warmup=0.0,
             schedule="cosine",
+            floor=0.1,
             optimizer=self.optimizer,
             weight_decay=self.weight_decay,
             betas=(0.9, 0.95),

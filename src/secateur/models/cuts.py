@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.errors import SecateurError
 
@@ -27,7 +27,7 @@ def take(cuts: Cuts, name: str, dim: int, positions: Tensor) -> None:
 
 
 def cut_tensors(
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     cuts: Cuts,
     optimizers: Sequence[torch.optim.Optimizer] = (),
     also: Sequence[MutableMapping[str, Tensor]] = (),
@@ -35,7 +35,7 @@ def cut_tensors(
     """Cut parameters in place (the objects stay), their gradients and optimizer state.
 
     Args:
-        parameters: by every name; tied ones are cut once.
+        parameters: by every name (buffers too); tied ones are cut once.
         also: other tensors of a parameter's shape, by its name; replaced in the mapping.
 
     Raises:
@@ -71,7 +71,7 @@ def _cut(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 def _state(
     optimizer: torch.optim.Optimizer,
-    parameter: nn.Parameter,
+    parameter: Tensor,
     name: str,
     dims: Mapping[int, Tensor],
 ) -> dict[str, Tensor]:

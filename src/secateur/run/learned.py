@@ -102,17 +102,10 @@ def learn(
     record |= {"prior": before}
     if folder is not None and session.ranks.leads:
         words = {"model": session.loaded.fingerprint, "method": session.recipe.method}
-        size = (
-            save_mask(folder.path / MASK, session.view, masks, session.recipe.target, words)
-            if _even(plan)
-            else None
-        )
+        patterns = {n: plan.pattern(n) for n in masks}
+        size = save_mask(folder.path / MASK, session.view, masks, patterns, words)
         weights = sum(m.numel() for m in masks.values())
-        record["mask_file"] = (
-            None
-            if size is None
-            else {"name": MASK, "bytes": size, "bits_per_weight": 8 * size / weights}
-        )
+        record["mask_file"] = {"name": MASK, "bytes": size, "bits_per_weight": 8 * size / weights}
         folder.save("learning.json", record)
     results = []
     for block in session.view.blocks:
@@ -130,11 +123,6 @@ def learn(
         checkpoint.save(block, result)
         results.append(result)
     return results, record
-
-
-def _even(plan: Plan) -> bool:
-    """One pattern everywhere, as a mask file has it."""
-    return not plan.patterns or len(set(plan.patterns.values())) == 1
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from secateur.models.anatomy import Matrix, ModelView
 from secateur.models.discovery import is_conv1d, is_linear
 from secateur.models.head import output_head
 from secateur.training.adapter_options import AdapterOptions
+from secateur.training.hooks import autocasted
 from secateur.training.loop import Hook, Training
 from secateur.training.low_rank import (
     MASKED,
@@ -87,8 +88,7 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with the effective weight."""
-        kind = torch.get_autocast_dtype(x.device.type) if _autocast(x) else None
-        x = x if kind is None else x.to(kind)
+        x = autocasted(x)
         learning = torch.is_grad_enabled()
         if self.kind in MASKED and (self.masked or not learning):
             bias = getattr(self.base_layer, "bias", None)
@@ -122,10 +122,6 @@ class Adapted(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
-
-
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
 
 
 @dataclass

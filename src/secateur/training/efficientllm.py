@@ -386,7 +386,7 @@ class PruningAware(Hook):
         cut = StructuredMask({k: t.bool() for k, t in parts["cut"].items()})
         if cut.gone and (before is None or before != cut):
             shrink(at.model, cut, optimizers=[at.optimizer], also=self.also)
-        self.sums.sums = {}  # of the sizes before
+        self.sums.sums = {}  # those of the model as it was before
         self._look(at.model)
         record = json.loads(bytes(state["record"].tolist()).decode())
         for name in ("events", "spans", "seconds", "initial", "keys", "settled"):

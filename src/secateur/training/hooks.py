@@ -143,6 +143,12 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+def autocasted(x: Tensor) -> Tensor:
+    """A layer's input in the type that products are computed in, for autograd functions of our own."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def classification_loss(model: nn.Module, batch: ImageBatch) -> Tensor:
     """Mean cross-entropy (nats) of the images' labels; the model gives logits (B, classes)."""
     return F.cross_entropy(model(batch.pixels).float(), batch.labels)

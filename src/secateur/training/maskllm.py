@@ -32,6 +32,7 @@ from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
 from secateur.kernels.soft_top import SoftTop
 from secateur.models.anatomy import Matrix, ModelView
 from secateur.models.discovery import is_linear
+from secateur.training.hooks import autocasted
 from secateur.training.loop import Batch, Hook, Loss, Training, next_token_loss
 
 Logits = Literal["auto", "patterns", "weights"]
@@ -177,12 +178,16 @@ class Gated(nn.Module):
         """The layer's output under the drawn, or else the most likely, mask."""
         if self.open:
             return self.base_layer(x)
+        x = autocasted(x)
         bias: Any = getattr(self.base_layer, "bias", None)
         if self.draw is None:
             weight = self.dense().masked_fill(self.mask(), 0).to(x.dtype)
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        how = (self.mix, self.draw)
-        y, self.square = _MaskedLinear.apply(x, self.dense(), self.mask_logits, bias, *how)
+        # The mixture is made in float32 whatever the products are computed in.
+        with torch.autocast(x.device.type, enabled=False):
+            y, self.square = _MaskedLinear.apply(
+                x, self.dense(), self.mask_logits, bias, self.mix, self.draw
+            )
         return y
 
     def __getattr__(self, name: str) -> Any:
@@ -283,9 +288,9 @@ class LearnedMasks(Hook):
 
         def regularised(model: nn.Module, batch: Batch) -> Tensor:
             value = inner(model, batch)
-            if not self._weight:
-                return value
             squares = [m.square for m in self.modules.values() if m.square is not None]
+            if not self._weight or not squares:
+                return value
             return value - self._weight * torch.stack(squares).sum().to(value.device)
 
         return regularised
@@ -297,6 +302,7 @@ class LearnedMasks(Hook):
         self._weight = self.options.weight_reg * (1 - at.done)
         rank = at.accelerator.process_index
         for number, module in enumerate(self.modules.values()):
+            module.square = None  # of an earlier forward: an expert may get no tokens in this one
             key = key_of(self.options.seed, at.step, self._micro[1], rank, number)
             module.draw = self.options.draw(at.done, key)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from secateur.errors import UsageError
 
 Schedule = Literal["linear", "cosine", "constant"]
-Precision = Literal["auto", "no", "bf16"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class TrainSettings:
         batch: windows in a step, over all processes and accumulated forwards together.
         micro_batch: windows in one forward of one process; None: all of its share.
         warmup: share of the steps in which the rate rises to ``lr``.
-        schedule: how it falls afterwards, to zero (``constant``: it does not).
+        schedule: how it falls afterwards (``constant``: it does not).
+        floor: share of ``lr`` that it falls to.
         weight_decay: AdamW's, on matrices only (norms, biases and scales are not decayed).
         momentum: of ``sgd``.
         clip: largest norm of the gradient; None: not clipped.
@@ -30,8 +31,8 @@ class TrainSettings:
         checkpoint_every: steps between two checkpoints; None: only the last.
         patience: validations without a better one after which it stops; None: never.
         validate_every: steps between two validations.
-        precision: ``bf16`` computes in bfloat16 (parameters stay as they are); ``auto``: where
-            the device is a GPU that has it.
+        precision: ``bf16`` computes in bfloat16 (parameters stay as they are), ``fp16`` in
+            float16 under a scaled loss; ``auto``: bf16 where the device is a GPU that has it.
         shard: with several processes, share weights, gradients and optimizer state out over
             them (FSDP) instead of holding all of them in each.
     """
@@ -42,6 +43,7 @@ class TrainSettings:
     micro_batch: int | None = None
     warmup: float = 0.1
     schedule: Schedule = "linear"
+    floor: float = 0.0
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -62,6 +64,7 @@ class TrainSettings:
         for name, low, high in (
             ("lr", 0.0, math.inf),
             ("warmup", 0.0, 1.0),
+            ("floor", 0.0, 1.0),
             ("weight_decay", 0.0, math.inf),
             ("clip", 0.0, math.inf),
         ):
@@ -84,11 +87,11 @@ class TrainSettings:
         if step < rise:
             return self.lr * (step + 1) / rise
         left = (self.steps - step) / (self.steps - rise)
-        if self.schedule == "linear":
-            return self.lr * left
+        if self.schedule == "constant":
+            return self.lr
         if self.schedule == "cosine":
-            return self.lr * (1 - math.cos(math.pi * left)) / 2
-        return self.lr
+            left = (1 - math.cos(math.pi * left)) / 2
+        return self.lr * (self.floor + (1 - self.floor) * left)
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on: a training is resumed only under the same."""

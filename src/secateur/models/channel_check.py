@@ -1,0 +1,100 @@
+"""Trying a network's groups before anything is cut: a copy that is cut must do what a masked one does.
+
+Code with widths written into it (``reshape(b, n, 3, heads, c // heads)``) runs wrong when a layer is
+narrower, and no graph can know. So every group is cut on trial, on copies; what does not hold is
+marked as not prunable, with what happened.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.models.channel_graph import ChannelGroup, ChannelGroups
+from secateur.models.channel_surgery import mask_channels, shrink_channels
+
+TOLERANCE = 1e-3
+"""Largest difference, over the largest output, that rounding explains."""
+
+
+@torch.no_grad()
+def check_groups(
+    model: nn.Module, groups: ChannelGroups, example: Tensor | tuple[Any, ...], seed: int = 0
+) -> ChannelGroups:
+    """The groups, those that cannot really be cut marked as such; the model stays as it is.
+
+    Args:
+        example: as of ``channel_groups``; random numbers of its shape are tried.
+        seed: which units go on trial.
+    """
+    trial = _Trial(model, example, seed)
+    bad: dict[str, str] = {}
+    trial.search(groups, groups.prunable, bad)
+    left = [g for g in groups.prunable if g.key not in bad]
+    # Groups that hold one by one and not together: give them up one after another.
+    while left and bad and (why := trial(groups, left)) is not None:
+        bad[left.pop().key] = why
+    return groups.refuse(bad) if bad else groups
+
+
+class _Trial:
+    def __init__(self, model: nn.Module, example: Tensor | tuple[Any, ...], seed: int) -> None:
+        inputs = example if isinstance(example, tuple) else (example,)
+        device = next(iter(model.parameters())).device
+        generator = torch.Generator().manual_seed(seed)
+        self.generator = generator
+        self.model = model
+        self.inputs = [
+            torch.randn(t.shape, generator=generator).to(device, t.dtype)
+            if isinstance(t, Tensor) and t.is_floating_point()
+            else t
+            for t in inputs
+        ]
+
+    def search(self, groups: ChannelGroups, some: list[ChannelGroup], bad: dict[str, str]) -> None:
+        """Halve what does not hold until single groups are left."""
+        why = self(groups, some) if some else None
+        if why is None:
+            return
+        if len(some) == 1:
+            bad[some[0].key] = why
+            return
+        middle = len(some) // 2
+        self.search(groups, some[:middle], bad)
+        self.search(groups, some[middle:], bad)
+
+    def __call__(self, groups: ChannelGroups, some: list[ChannelGroup]) -> str | None:
+        """None if these groups can be cut together, else what went wrong."""
+        gone = {}
+        for group in some:
+            count = max(1, group.n_units // 3)
+            order = torch.randperm(group.n_units, generator=self.generator)
+            units = torch.zeros(group.n_units, dtype=torch.bool)
+            units[order[:count]] = True
+            gone[group.key] = units
+        masked, cut = deepcopy(self.model).eval(), deepcopy(self.model).eval()
+        mask_channels(masked, groups, gone)
+        wanted = _first(masked(*self.inputs))
+        try:
+            shrink_channels(cut, groups, gone)
+            found = _first(cut(*self.inputs))
+        except Exception as error:  # the model's own code may raise anything
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            return f"the model's code needs its width: {words[0][:160]}"
+        if found.shape != wanted.shape:
+            return f"when cut, the output is {tuple(found.shape)} instead of {tuple(wanted.shape)}"
+        scale = float(wanted.abs().max()) or 1.0
+        far = float((found - wanted).abs().max()) / scale
+        if not far <= TOLERANCE:
+            return f"when cut, the output is off by {far:.2g} of its largest"
+        return None
+
+
+def _first(output: Any) -> Tensor:
+    """The first tensor of an output, in float32."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    return output.float()
