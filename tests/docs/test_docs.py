@@ -77,7 +77,9 @@ def test_every_page_is_in_the_navigation():
     assert set(re.findall(r"([\w/-]+\.md)", nav)) == pages
 
 
-@pytest.mark.parametrize("part", [Recipe, Calibration, Evaluation, Recovery, Search, Structure, Pretraining])
+@pytest.mark.parametrize(
+    "part", [Recipe, Calibration, Evaluation, Recovery, Search, Structure, Pretraining]
+)
 def test_every_key_of_a_recipe_is_documented(part):
     page = (ROOT / "docs" / "recipes.md").read_text()
     for name in part.model_fields:
