@@ -60,4 +60,4 @@ def test_two_networks_take_turns() -> None:
     record = compare_image_speed(dense, pruned, torch.zeros(2, 1, 32, 32), seconds=0.05)
     assert record["forward"]["ratio"]["low"] <= record["forward"]["ratio"]["high"]
     assert record["turns"] >= 3
-    assert "2 images" in record["verdict"]
+    assert "batches of 2" in record["verdict"]
