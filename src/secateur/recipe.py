@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -37,6 +37,29 @@ _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$"), list("-+0123456789
 def read_yaml(text: str) -> Any:
     """What the YAML says, with ``2:4`` and ``64:8`` as written."""
     return yaml.load(text, Loader=_Loader)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings a YAML recipe names, not yet checked.
+
+    Raises:
+        UsageError: no such file, not YAML, or no mapping.
+    """
+    try:
+        values = read_yaml(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError("not text in UTF-8", field="recipe", value=str(path)) from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UsageError(f"not YAML{line}", field="recipe", value=str(path)) from None
+    if not isinstance(values, dict):
+        raise UsageError("a recipe is a YAML mapping", field="recipe", value=str(path))
+    return values
 
 
 class Calibration(_Part):
@@ -182,8 +205,8 @@ class Recovery(_Part):
         None, ge=1, description="stop after so many looks at held-out windows without a gain"
     )
     validate_every: int = Field(50, ge=1, description="steps between such looks")
-    precision: Literal["auto", "no", "bf16"] = Field(
-        "auto", description="auto: bf16 on a GPU that has it"
+    precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it; fp16: under a scaled loss"
     )
     shard: bool = Field(
         False, description="share weights out over the processes of torchrun (FSDP)"
@@ -356,26 +379,12 @@ class Recipe(_Part):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _readable(error) from None
+            raise readable(error, cls) from None
 
     @classmethod
     def load(cls, path: Path, **override: Any) -> Recipe:
         """Read a YAML recipe; ``override`` replaces top-level keys."""
-        try:
-            values = read_yaml(path.read_text("utf-8"))
-        except OSError as error:
-            raise UsageError(
-                f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)
-            ) from None
-        except UnicodeDecodeError:
-            raise UsageError("not text in UTF-8", field="recipe", value=str(path)) from None
-        except yaml.YAMLError as error:
-            where = getattr(error, "problem_mark", None)
-            line = f" at line {where.line + 1}" if where else ""
-            raise UsageError(f"not YAML{line}", field="recipe", value=str(path)) from None
-        if not isinstance(values, dict):
-            raise UsageError("a recipe is a YAML mapping", field="recipe", value=str(path))
-        return cls.build({**values, **override})
+        return cls.build({**read_recipe(path), **override})
 
     def yaml(self) -> str:
         """The recipe with every default resolved."""
@@ -390,17 +399,8 @@ def build_part(kind: type[P], name: str, values: dict[str, Any]) -> P:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _readable(error, name) from None
+        raise readable(error, kind, name) from None
 
-
-_PARTS: dict[str, type[_Part]] = {
-    "calibration": Calibration,
-    "evaluation": Evaluation,
-    "structure": Structure,
-    "search": Search,
-    "recovery": Recovery,
-    "pretraining": Pretraining,
-}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "update": "none"},
@@ -409,15 +409,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _readable(error: ValidationError, inside: str | None = None) -> UsageError:
+def readable(error: ValidationError, root: type[_Part], inside: str | None = None) -> UsageError:
+    """The first problem of a recipe, or of its part ``inside``, as a message with a fix."""
     first = error.errors()[0]
-    path = [inside] if inside else []
-    path += [str(p) for p in first["loc"] if p not in ("float", "str", "dict[str,any]")]
-    field = ".".join(path) or "recipe"
+    path = [str(p) for p in first["loc"] if p not in ("float", "str", "dict[str,any]")]
+    field = ".".join([inside, *path] if inside else path) or "recipe"
     if first["type"] == "extra_forbidden":
-        part: type[_Part] = Recipe
+        part = root
         for key in path[:-1]:
-            part = _PARTS.get(key, part)
+            part = _part_of(part, key) or part
         near = difflib.get_close_matches(path[-1], part.model_fields, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         known = ", ".join(part.model_fields)
@@ -427,3 +427,10 @@ def _readable(error: ValidationError, inside: str | None = None) -> UsageError:
     if first["type"] == "missing":
         return UsageError("is required", field=field, fix=f"give '{field}'")
     return UsageError(first["msg"], field=field, value=first["input"])
+
+
+def _part_of(part: type[_Part], key: str) -> type[_Part] | None:
+    """The kind of a recipe's part that lies under ``key``."""
+    known = part.model_fields.get(key)
+    kinds = () if known is None else (known.annotation, *get_args(known.annotation))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, _Part)), None)

@@ -162,6 +162,33 @@ class Written(nn.Module):
         return self.head((x + self.proj(y)).mean(1))
 
 
+class TimmLike(nn.Module):
+    """A block as libraries carry it along: layers called qkv and proj, widths in the code."""
+
+    class Attention(nn.Module):
+        def __init__(self, twisted: bool) -> None:
+            super().__init__()
+            self.num_heads, self.scale, self.twisted = 4, 0.5, twisted
+            self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, c = x.shape
+            qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+            scores = scores.softmax(-1) + (0.1 if self.twisted else 0.0)
+            return self.proj((scores @ v).transpose(1, 2).reshape(b, n, c))
+
+    def __init__(self, twisted: bool = False) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.attn, self.head = self.Attention(twisted), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.attn(self.norm(x))).mean(1))
+
+
 CASES: dict[str, tuple[Any, int, int]] = {  # make, image channels, size
     "resnet": (lambda: ResNet(3, 5, 8, 2), 3, 12),
     "wrn": (lambda: wrn(3, 5, 8), 3, 12),
