@@ -323,6 +323,21 @@ def test_the_command_line_speaks_of_accuracy(dense: Path, tmp_path: Path, capsys
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["field"] == field
 
 
+def test_a_recipe_with_images_is_a_vision_run(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: mobilenet\nmodel_options: {width: 4}\nimages: digits\ntarget: 30%\n"
+        "pretraining: {steps: 4}\nevaluation: {speed: false, limit: 50}\n"
+    )
+    assert main(["run", str(path), "--out", str(tmp_path / "out"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["totals"]["delivered"] >= 0.3
+    assert record["quality"]["pruned"]["images"] == 50
+    path.write_text("model: mobilenet\nimages: digits\nsparsity: 0.5\n")
+    assert main(["run", str(path), "--out", str(tmp_path / "no"), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["field"] == "sparsity"
+
+
 def test_methods_are_compared_from_one_dense_network(tmp_path: Path, capsys: Any) -> None:
     words = ["compare", "resnet", "--images", "digits", "--model-option", "width=6"]
     words += ["--model-option", "blocks=1", "--pretrain", "steps=30", "--no-speed", "--json"]
