@@ -309,6 +309,10 @@ def test_the_command_line_speaks_of_accuracy(dense: Path, tmp_path: Path, capsys
     assert main(["eval", out, "--images", "digits", "--dense", str(dense), "--json"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 <= record["agreement"] <= 1
+    assert main(["why", "stages.1.0.conv1", "--run", out]) == 0
+    assert "ranked by channel-l2" in capsys.readouterr().out
+    assert main(["why", "stages", "--run", out]) == 0
+    assert main(["why", "nothing", "--run", out]) == 2
     target = str(tmp_path / "weights.safetensors")
     assert main(["export", out, "--format", "state-dict", "-o", target]) == 0
     for wrong, field in (
@@ -317,6 +321,8 @@ def test_the_command_line_speaks_of_accuracy(dense: Path, tmp_path: Path, capsys
         (["prune", "tiny", "--target", "30%", "-o", out], "target"),
         (["export", out, "--format", "gguf", "-o", target], "format"),
         (["eval", "resnet", "--images", "digits"], "model"),
+        (["eval", out], "model"),
+        (["recover", out, "-o", str(tmp_path / "no")], "model"),
         (["eval", out, "--images", "digits", "--speed"], "dense"),
     ):
         assert main([*wrong, "--json"]) == 2
