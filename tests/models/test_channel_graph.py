@@ -200,7 +200,9 @@ def test_code_with_widths_in_it_is_noticed() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["gated mobilenet", "swin", "torch", "few groups"])
+@pytest.mark.parametrize(
+    "name", ["gated mobilenet", "swin", "torch", "few groups", "einsum", "mixer", "unet"]
+)
 def test_what_can_be_cut_passes_the_trial(name: str) -> None:
     model, example = network(name)
     groups = channel_groups(model, example)
