@@ -257,6 +257,7 @@ def test_a_network_in_memory_is_pruned_in_place(tmp_path: Path) -> None:
     assert result.model is model
     assert model[0].out_channels < 8
     assert result.report["reopened"]["loaded"] is False
+    assert any("trained on" in note for note in result.report["notes"])
     from secateur.models.vision.loading import fill
 
     x = torch.rand(2, 1, 8, 8)
@@ -342,6 +343,24 @@ def test_a_recipe_with_images_is_a_vision_run(tmp_path: Path, capsys: Any) -> No
     path.write_text("model: mobilenet\nimages: digits\nsparsity: 0.5\n")
     assert main(["run", str(path), "--out", str(tmp_path / "no"), "--json"]) == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["field"] == "sparsity"
+
+
+def test_a_folder_of_pictures_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for name, shade in (("dark", 40), ("light", 200)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(15):
+            array = torch.full((12, 16, 3), shade + number, dtype=torch.uint8).numpy()
+            image.fromarray(array).save(tmp_path / "pictures" / name / f"{number}.png")
+    words = ["prune", "resnet", "--images", str(tmp_path / "pictures"), "--target", "30%"]
+    words += ["--preprocess", "resize=10", "--preprocess", "crop=8", "--model-option", "width=4"]
+    words += ["--pretrain", "steps=20", "--pretrain", "batch=8", "--no-speed", "--json"]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["images"]["train"]["shape"] == [3, 8, 8]
+    assert record["quality"]["dense"]["accuracy"] > 0.6
+    assert main(["eval", str(tmp_path / "out"), "--images", str(tmp_path / "pictures")]) == 0
+    assert main([*words[:6], "-o", str(tmp_path / "no"), "--preprocess", "filter=odd"]) == 2
 
 
 def test_methods_are_compared_from_one_dense_network(tmp_path: Path, capsys: Any) -> None:
