@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_cases import CASES, Written, liven, network, some_gone
+from channel_cases import CASES, TimmLike, Written, liven, network, some_gone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -200,11 +200,37 @@ def test_code_with_widths_in_it_is_noticed() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["gated mobilenet", "swin", "torch", "few groups"])
+@pytest.mark.parametrize(
+    "name", ["gated mobilenet", "swin", "torch", "few groups", "einsum", "mixer", "unet"]
+)
 def test_what_can_be_cut_passes_the_trial(name: str) -> None:
     model, example = network(name)
     groups = channel_groups(model, example)
     assert check_groups(model, groups, example) is groups
+
+
+def test_an_equal_attention_stands_in_where_code_has_widths_in_it() -> None:
+    torch.manual_seed(0)
+    model, example = TimmLike().eval(), torch.zeros(1, 3, 12, 12)
+    groups = check_groups(model, channel_groups(model, example), example)
+    assert {g.key for g in groups.prunable} == {"patch", "attn.qkv"}
+    assert groups["attn.qkv"].rewritten == ("attn",)
+    gone = some_gone(groups)
+    masked, cut = deepcopy(model), deepcopy(model)
+    mask_channels(masked, groups, gone)
+    shrink_channels(cut, groups, gone)
+    x = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(cut(x), masked(x), rtol=1e-4, atol=1e-5)
+    again = channel_groups(cut, example)
+    assert again["attn.qkv"].n_units == 2
+    assert check_groups(cut, again, example) is again
+
+
+def test_an_attention_that_computes_something_else_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model, example = TimmLike(twisted=True).eval(), torch.zeros(1, 3, 12, 12)
+    groups = check_groups(model, channel_groups(model, example), example)
+    assert not groups.prunable
 
 
 class Twice(nn.Module):

@@ -330,6 +330,8 @@ def _data(
             source,
             loaded.tokenizer,
             length,
+            field=spec.field,
+            separator=spec.separator,
             tokens=settings.steps * settings.batch * length,
             epochs=spec.epochs,
             seed=spec.seed,
