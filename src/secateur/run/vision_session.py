@@ -71,7 +71,7 @@ class VisionSession:
 
     def changed(self, spec: VisionTraining) -> ImageSet:
         """The training images with the changes the recipe asks for."""
-        return replace(self.train, augment=augmentation(spec.augment, self.train.shape[-1]))
+        return replace(self.train, augment=augmentation(spec.augment, *self.train.shape[1:]))
 
 
 def vision_method(name: str, options: dict[str, Any] | None = None) -> VisionMethod:
