@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -356,7 +356,7 @@ class Recipe(_Part):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _readable(error) from None
+            raise readable(error, cls) from None
 
     @classmethod
     def load(cls, path: Path, **override: Any) -> Recipe:
@@ -390,17 +390,8 @@ def build_part(kind: type[P], name: str, values: dict[str, Any]) -> P:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _readable(error, name) from None
+        raise readable(error, kind, name) from None
 
-
-_PARTS: dict[str, type[_Part]] = {
-    "calibration": Calibration,
-    "evaluation": Evaluation,
-    "structure": Structure,
-    "search": Search,
-    "recovery": Recovery,
-    "pretraining": Pretraining,
-}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda", "update": "none"},
@@ -409,15 +400,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _readable(error: ValidationError, inside: str | None = None) -> UsageError:
+def readable(error: ValidationError, root: type[_Part], inside: str | None = None) -> UsageError:
+    """The first problem of a recipe, or of its part ``inside``, as a message with a fix."""
     first = error.errors()[0]
-    path = [inside] if inside else []
-    path += [str(p) for p in first["loc"] if p not in ("float", "str", "dict[str,any]")]
-    field = ".".join(path) or "recipe"
+    path = [str(p) for p in first["loc"] if p not in ("float", "str", "dict[str,any]")]
+    field = ".".join([inside, *path] if inside else path) or "recipe"
     if first["type"] == "extra_forbidden":
-        part: type[_Part] = Recipe
+        part = root
         for key in path[:-1]:
-            part = _PARTS.get(key, part)
+            part = _part_of(part, key) or part
         near = difflib.get_close_matches(path[-1], part.model_fields, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         known = ", ".join(part.model_fields)
@@ -427,3 +418,10 @@ def _readable(error: ValidationError, inside: str | None = None) -> UsageError:
     if first["type"] == "missing":
         return UsageError("is required", field=field, fix=f"give '{field}'")
     return UsageError(first["msg"], field=field, value=first["input"])
+
+
+def _part_of(part: type[_Part], key: str) -> type[_Part] | None:
+    """The kind of a recipe's part that lies under ``key``."""
+    known = part.model_fields.get(key)
+    kinds = () if known is None else (known.annotation, *get_args(known.annotation))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, _Part)), None)

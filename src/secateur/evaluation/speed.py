@@ -84,9 +84,9 @@ def verdict(
 ) -> str:
     """One or two honest sentences on what was measured."""
     asked = None if target is None else Target.parse(target)
-    parts = [f"reading {_change(prefill['ratio'])}"]
+    parts = [f"reading {change(prefill['ratio'])}"]
     if decode is not None:
-        parts.append(f"writing {_change(decode['ratio'])}")
+        parts.append(f"writing {change(decode['ratio'])}")
     measured = ", ".join(parts)
     gained = any(_gain(part["ratio"]) > 0 for part in (prefill, decode) if part is not None)
     if gained or asked is None:
@@ -121,7 +121,7 @@ def _turn(model: Any, ids: Tensor) -> tuple[float, float | None]:
     """Seconds to read ``ids``, and seconds for each token written after it."""
     device = next(model.parameters()).device
     ids = ids.to(device)
-    output, prefill = _timed(lambda: model(input_ids=ids, use_cache=True), device)
+    output, prefill = timed(lambda: model(input_ids=ids, use_cache=True), device)
     cache = cache_of(output)
     if cache is None:
         return prefill, None
@@ -135,7 +135,7 @@ def _turn(model: Any, ids: Tensor) -> tuple[float, float | None]:
             step = model(input_ids=token, use_cache=True, **{key: cache})
             token, cache = step.logits[:, -1:].argmax(-1), cache_of(step)
 
-    _, decode = _timed(write, device)
+    _, decode = timed(write, device)
     return prefill, decode / DECODED
 
 
@@ -151,7 +151,8 @@ def cache_of(output: Any) -> Any:
     return names["cache"] if "cache" in names else getattr(output, "past_key_values", None)
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What ``work`` gives, and the seconds it took on ``device``."""
     _wait(device)
     start = time.perf_counter()
     result = work()
@@ -169,14 +170,15 @@ def _summary(times: dict[str, dict[str, list[float]]], part: str, tokens: int) -
         torch.tensor(times[name][part], dtype=torch.float64) for name in ("dense", "pruned")
     )
     return {
-        "dense": _quartiles(tokens / dense),
-        "pruned": _quartiles(tokens / pruned),
+        "dense": quartiles(tokens / dense),
+        "pruned": quartiles(tokens / pruned),
         "unit": "tokens/s",
-        "ratio": _quartiles(dense / pruned),
+        "ratio": quartiles(dense / pruned),
     }
 
 
-def _quartiles(values: Tensor) -> dict[str, float]:
+def quartiles(values: Tensor) -> dict[str, float]:
+    """``median``, ``low`` and ``high`` quartile of ``values`` (N,)."""
     points = torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)
     low, middle, high = values.quantile(points).tolist()
     return {"median": middle, "low": low, "high": high}
@@ -191,7 +193,8 @@ def _gain(ratio: dict[str, float]) -> int:
     return 0
 
 
-def _change(ratio: dict[str, float]) -> str:
+def change(ratio: dict[str, float]) -> str:
+    """A ratio of times, dense over pruned, in words."""
     words = {1: "faster", 0: "as fast as dense", -1: "slower"}[_gain(ratio)]
     return f"{words} ({ratio['median']:.2f}x, quartiles {ratio['low']:.2f}-{ratio['high']:.2f})"
 

@@ -19,6 +19,10 @@ methods: Registry[type[Described]] = Registry(
         "heads": "secateur.methods.heads:Heads",
         "unit-magnitude": "secateur.methods.unit_baselines:UnitMagnitude",
         "unit-random": "secateur.methods.unit_baselines:UnitRandom",
+        "channel-l1": "secateur.methods.channel_norms:ChannelL1",
+        "channel-l2": "secateur.methods.channel_norms:ChannelL2",
+        "channel-fpgm": "secateur.methods.channel_norms:ChannelFPGM",
+        "channel-random": "secateur.methods.channel_norms:ChannelRandom",
     },
     group="secateur.methods",
 )
