@@ -44,7 +44,7 @@ def silent_channels(group: ChannelGroup, model: nn.Module, masks: Masks) -> Tens
 
 @torch.no_grad()
 def fold_dead_channels(
-    model: nn.Module, groups: ChannelGroups, masks: Masks, example: Tensor
+    model: nn.Module, groups: ChannelGroups, masks: Masks, example: Tensor, at_least: int = 1
 ) -> dict[str, Tensor]:
     """Move the constants of dead channels into what comes after their readers, in ``model``.
 
@@ -52,6 +52,7 @@ def fold_dead_channels(
         masks: weight name -> True where gone (of depth-wise layers; others are not looked at).
             The weights are zero there already.
         example: an input.
+        at_least: channels that stay in every group.
 
     Returns:
         group key -> bool (n_units,): channels that nothing needs any more. They are still
@@ -60,8 +61,8 @@ def fold_dead_channels(
     candidates = {}
     for group in groups.prunable:
         silent = silent_channels(group, model, masks)
-        if silent.all():
-            silent[0] = False  # a group cannot be emptied
+        room = max(0, group.n_units - at_least)
+        silent &= silent.cumsum(0) <= room  # the first of them; the last stay where too few would
         if silent.any():
             candidates[group.key] = silent
     if not candidates:

@@ -86,7 +86,11 @@ class SparseDepthwise(nn.Conv2d):
         return out.clamp(self.low, self.high) if bounded else out
 
     def _sparse(self, x: Tensor) -> bool:
-        if x.dim() != 4 or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if (
+            x.dim() != 4
+            or torch._C._get_tracing_state() is not None
+            or torch.compiler.is_compiling()
+        ):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return False
