@@ -160,9 +160,9 @@ def fashion_net(train: ImageSet) -> nn.Module:
         return model.eval()
     settings = TrainSettings(
         steps=2 * len(train) // 128, lr=0.1, batch=128, optimizer="sgd", schedule="cosine",
-        weight_decay=1e-4, clip=None, checkpoint_every=None,
+        weight_decay=1e-4, clip=None, checkpoint_every=50,
     )  # fmt: skip
-    fit_images(model, train, settings)
+    fit_images(model, train, settings, folder=CACHE / "deprune_fashion")
     save_tensors(kept, model.state_dict())
     return model
 

@@ -157,6 +157,7 @@ def test_a_copy_that_differs_is_refused(net, monkeypatch):
         inference_copy(net, masks_of(net), torch.randn(2, 1, 28, 28))
 
 
+@pytest.mark.slow
 def test_onnx_is_dense_with_zeros(net, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

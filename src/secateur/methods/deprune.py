@@ -93,7 +93,7 @@ class DEPrune(VisionMethod):
     targets = ("weights",)
 
     pw: float = 0.5
-    variant: Variant = "bh"
+    variant: Variant = "b"
     criterion: Norm = "l2"
     layers: Literal["uniform", "global"] = "uniform"
     fold: bool = True
@@ -119,12 +119,16 @@ class DEPrune(VisionMethod):
         latency = Latency(job.model, input_shapes(job.model, job.example), self.measure)
         scores, widths = self._filters(job, latency)
         gone = lowest_units(scores, widths)
+        largest = max(layers, key=lambda n: layers[n].weight.numel())
         rows: list[dict[str, Any]] = []
         if self.variant == "channel":
             masks: dict[str, Tensor] = {}
             gone |= self._channels(job, layers, rows)
+            asked, curve = [], []
         else:
             masks = self.masks(layers, job.target.share, latency)
+            asked = list(latency.rows)
+            curve = latency.curve(largest)  # before the layer's weights are cut
             for name, mask in masks.items():
                 job.model.get_parameter(name).masked_fill_(mask.to(job.device), 0)
             rows += [_row(name, masks[f"{name}.weight"]) for name in layers]
@@ -156,10 +160,13 @@ class DEPrune(VisionMethod):
                 "folded_channels": folded,
                 "latency": {
                     "source": latency.source,
-                    "rows": [list(row) for row in latency.rows],
+                    "rows": [list(row) for row in asked],
+                    "layer": largest,
+                    "curve": curve,
                 },
             },
             layers=rows,
+            delivered=removed / taps,
         )
 
     def masks(

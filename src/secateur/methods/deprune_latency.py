@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.kernels.depthwise import Taps, backends, depthwise
-from secateur.masks.depthwise import balanced, staircase
+from secateur.masks.depthwise import CHANNELS, balanced, staircase
 
 _ROUNDS = 15
+_POINTS = 24  # of a curve
 
 
 @dataclass(eq=False)
@@ -56,6 +57,14 @@ class Latency:
             return lambda: _run(x, taps)
 
         return self._time(layer, kept, prepare)
+
+    def curve(self, layer: str) -> list[tuple[int, float]]:
+        """(columns, seconds) of one layer from nothing gone to nearly all, where it is measured."""
+        if self.source == "model":
+            return []
+        full = CHANNELS * self.model.get_parameter(f"{layer}.weight")[0].numel()
+        step = max(CHANNELS // 2, full // _POINTS // 16 * 16)
+        return [(n, self.columns(layer, n)) for n in range(step, full + 1, step)]
 
     def filters(self, writers: tuple[str, ...], readers: tuple[str, ...], width: int) -> float:
         """Seconds of the point-wise layers that write and read ``width`` channels."""
