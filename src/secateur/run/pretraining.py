@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +51,7 @@ from secateur.tensorfile import save_tensors
 from secateur.training.distil import distillation_loss
 from secateur.training.efficientllm import PruneOptions, PruningAware
 from secateur.training.loop import Loss, fit, next_token_loss
+from secateur.training.perp import recomputing
 from secateur.training.prune_schedule import PruneSchedule
 from secateur.training.settings import TrainSettings
 from secateur.training.unit_choice import Rules
@@ -81,7 +82,8 @@ def pretrain_model(
         evaluation: held-out text to measure on before and after, and to look at on the way;
             None measures nothing.
         text: windows, documents or a stream in memory, instead of ``spec.text``.
-        dtype: of the weights while they train; ``auto`` is float32.
+        dtype: of the weights while they train; ``auto`` is float32, and they are written in the
+            checkpoint's own type.
 
     Raises:
         UsageError: a budget that cannot be reached, another run in the folder, data that runs
@@ -211,10 +213,13 @@ def _opened(
 ) -> Loaded:
     if isinstance(source, Loaded):
         return source
-    kind = "float32" if dtype == "auto" else dtype
     with progress.stage(f"loading {source}", total=1) as advance:
-        loaded = load(source, dtype=kind, device=device, trust_remote_code=trust_remote_code)
+        loaded = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         advance(1)
+    held = next(loaded.model.parameters()).dtype
+    if dtype == "auto" and held != torch.float32:  # a GPU's default; updates need more digits
+        loaded.model.float()
+        loaded.stored = held
     return loaded
 
 
@@ -325,6 +330,8 @@ def _data(
             source,
             loaded.tokenizer,
             length,
+            field=spec.field,
+            separator=spec.separator,
             tokens=settings.steps * settings.batch * length,
             epochs=spec.epochs,
             seed=spec.seed,
@@ -354,26 +361,23 @@ def _windows(evaluation: Evaluation | None, loaded: Loaded) -> Windows | None:
 
 @contextmanager
 def _training(model: nn.Module, checkpointing: bool) -> Iterator[None]:
-    """Every parameter trains; flags and gradient checkpointing are put back afterwards."""
-    wanted = {id(p): p.requires_grad for p in model.parameters()}
-    mode = model.training
-    switch: Any = model
+    """Every parameter trains, without dropout; flags are put back afterwards."""
     if checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
         raise UsageError(
             "this model cannot compute activations again",
             field="pretraining.checkpointing",
             value=True,
         )
+    wanted = {id(p): p.requires_grad for p in model.parameters()}
+    modes = {m: m.training for m in model.modules()}
     model.requires_grad_(True)
-    model.train()
-    if checkpointing:
-        switch.gradient_checkpointing_enable()
+    model.eval()
     try:
-        yield
+        with recomputing(model) if checkpointing else nullcontext():
+            yield
     finally:
-        if checkpointing:
-            switch.gradient_checkpointing_disable()
-        model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
         for parameter in model.parameters():
             parameter.requires_grad_(wanted.get(id(parameter), True))
 

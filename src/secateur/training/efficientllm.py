@@ -105,7 +105,7 @@ class PruningAware(Hook):
     Attributes:
         events: what went: one entry a choice, see ``_noted``.
         spans: stretches of steps in one shape: first step, parameters, FLOPs of a token's
-            forward, steps, seconds in them (without events).
+            forward, steps, seconds in them (without events), seconds of the fastest.
         initial: parameters at the start.
     """
 
@@ -205,6 +205,7 @@ class PruningAware(Hook):
             self.seconds["steps"] += passed
             self.spans[-1][3] += 1
             self.spans[-1][4] += passed
+            self.spans[-1][5] = min(self.spans[-1][5] or passed, passed)
         if self._next:
             self._execute(at)
             self._new_span(at.step)
@@ -226,7 +227,7 @@ class PruningAware(Hook):
         now = self._now().now()
         if self.spans and self.spans[-1][3] == 0:
             self.spans.pop()
-        self.spans.append([step, now.parameters, now.flops, 0, 0.0])
+        self.spans.append([step, now.parameters, now.flops, 0, 0.0, 0.0])
 
     # -- planning ------------------------------------------------------------------------------
 
