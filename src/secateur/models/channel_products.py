@@ -193,6 +193,10 @@ def attention(trace: Trace, call: Call) -> Tensor:
         found.append(labels)
     query, key, value = found
     scores = _contract(trace, query, key.mT, [*query.shape[:-1], key.shape[-2]])
+    mask = call.get(3, "attn_mask")
+    if mask is not None:
+        own = trace.labels(mask)
+        scores = trace.met([scores, free(mask.shape) if own is None else own], scores.shape)
     return _contract(trace, scores, value, call.out.shape)
 
 
