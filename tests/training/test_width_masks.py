@@ -119,6 +119,13 @@ def test_starts_of_a_given_width_are_the_best_of_a_dense_grid(init, share):
     assert float(value(p)) <= float(value(tried).min()) + 2e-3
 
 
+def test_a_floor_is_the_first_width():
+    assert candidate_widths(12, 2, 5).tolist() == [6, 8, 10, 12]
+    assert candidate_widths(12, 3, 20).tolist() == [12]
+    w = unit_masks(torch.tensor([0.5, 0.25, 0.125, 0.125]), candidate_widths(12, 2, 5))
+    assert w.tolist() == [1.0] * 6 + [0.5] * 2 + [0.25] * 2 + [0.125] * 2
+
+
 def test_bad_widths_are_refused():
     with pytest.raises(UsageError, match="no narrower width"):
         candidate_widths(8, 8)

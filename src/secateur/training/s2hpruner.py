@@ -71,9 +71,9 @@ class LearnedWidths(Hook):
         self.device = next(model.parameters()).device
         self.widths: dict[str, Tensor] = {}
         for group in groups.prunable:
-            if options.divisor is None and group.n_units < 2:
-                continue
-            self.widths[group.key] = candidate_widths(group.n_units, options.divisor)
+            widths = candidate_widths(group.n_units, options.divisor, options.at_least)
+            if len(widths) > 1:
+                self.widths[group.key] = widths
         if not self.widths:
             raise UsageError("no group of this model can be narrowed", field="model",
                              value=type(model).__name__)  # fmt: skip

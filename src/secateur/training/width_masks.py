@@ -35,11 +35,12 @@ _EXACT = 1e-4
 """An expected width so little above a whole number is that number (float32 sums of p)."""
 
 
-def candidate_widths(size: int, divisor: int | None = None) -> Tensor:
+def candidate_widths(size: int, divisor: int | None = None, at_least: int = 1) -> Tensor:
     """Widths a group of ``size`` units may have, (n,) int64, ascending, the last being ``size``.
 
     Args:
         divisor: units in a step; lowered until it divides ``size``. Default: ``size / 32``.
+        at_least: the first width is no smaller.
 
     Raises:
         UsageError: a divisor below 1, or so large that only the full width is left.
@@ -59,7 +60,7 @@ def candidate_widths(size: int, divisor: int | None = None) -> Tensor:
         )
     while size % step:
         step -= 1
-    return torch.arange(step, size + 1, step)
+    return torch.arange(step * -(-min(max(at_least, step), size) // step), size + 1, step)
 
 
 def width_probabilities(logits: Tensor, tau: float = 1.0) -> Tensor:
@@ -150,6 +151,8 @@ def first_logits(
             "unknown start", field="init", value=init, fix=f"one of {', '.join(get_args(Init))}"
         )
     n, size, first = len(widths), int(widths[-1]), int(widths[0])
+    if n == 1:
+        return torch.zeros(1)
     if init == "normal":
         return torch.randn(n, generator=generator) * std
     if init == "zeros":
