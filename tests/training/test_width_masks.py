@@ -13,6 +13,7 @@ from secateur.training.width_masks import (
     expected_width,
     expected_width_gradient,
     first_logits,
+    lifted,
     step_mask_gradient,
     step_masks,
     unit_masks,
@@ -64,6 +65,15 @@ def test_centring_makes_the_logits_as_small_as_they_can_be():
         least = torch.linalg.vector_norm(centred(u, how), order)
         for shift in torch.linspace(-10, 0, 101):
             assert least <= torch.linalg.vector_norm(u + shift, order) + 1e-5
+
+
+def test_no_width_is_lost_for_good():
+    u = torch.tensor([0.0, 500.0, -500.0])
+    p = width_probabilities(lifted(u))
+    assert bool((p > 1e-9).all())
+    assert torch.allclose(p, width_probabilities(u), atol=1e-8)
+    assert bool(expected_width_gradient(p, torch.tensor([1, 2, 3])).all())
+    assert torch.equal(lifted(u / 100), u / 100)
 
 
 @given(groups)

@@ -43,7 +43,7 @@ class S2HPruner(VisionMethod):
     trains = True
 
     relax: float = 0.01
-    lr: float = 0.1
+    lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 0.0
     tau: float = 1.0

@@ -40,6 +40,7 @@ from secateur.training.width_masks import (
     expected_width,
     expected_width_gradient,
     first_logits,
+    lifted,
     unit_masks,
     width_probabilities,
 )
@@ -280,13 +281,16 @@ class LearnedWidths(Hook):
             for key, gradient in self._fused.items():
                 u, speed = self.logits[key], self.speed[key]
                 speed.mul_(self.options.momentum).add_(gradient + self.options.weight_decay * u)
-                u.copy_(centred(u - rate * speed, self.options.centre))
+                self._move(u, rate * speed)
                 u.grad = None
             if at.done >= 1 - self.options.freeze:
                 self.settle()
         self._gap, self._fused, self._counted = {}, {}, 0
         if at.step % max(1, at.settings.steps // 100) == 0 or at.step == at.settings.steps:
             self._note(at)
+
+    def _move(self, u: Tensor, by: Tensor) -> None:
+        u.copy_(centred(lifted(u - by, self.options.tau), self.options.centre))
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -304,8 +308,7 @@ class LearnedWidths(Hook):
             if off <= relax / 2 or size == 0 or (least <= relax and idle >= 50):
                 break
             for key, gradient in gradients.items():
-                u = self.logits[key]
-                u.copy_(centred(u - rate * gradient / size, self.options.centre))
+                self._move(self.logits[key], rate * gradient / size)
             rate *= 0.99
         for key, u in best.items():
             self.logits[key].copy_(u)

@@ -34,6 +34,8 @@ STEPS = 32
 _EXACT = 1e-4
 """An expected width so little above a whole number is that number (float32 sums of p)."""
 
+_DEEPEST = 20.0
+
 
 def candidate_widths(size: int, divisor: int | None = None, at_least: int = 1) -> Tensor:
     """Widths a group of ``size`` units may have, (n,) int64, ascending, the last being ``size``.
@@ -111,6 +113,14 @@ def step_mask_gradient(p: Tensor, tau: float = 1.0) -> Tensor:
     n = p.shape[-1]
     reached = torch.ones(n, n, dtype=p.dtype, device=p.device).triu()
     return p * (reached - step_masks(p)[:, None]) / tau
+
+
+def lifted(logits: Tensor, tau: float = 1.0) -> Tensor:
+    """Logits none of which is so low that its width could never come back.
+
+    A probability of e^-20 changes nothing in the masks (2e-9 a step) and still has a gradient.
+    """
+    return torch.maximum(logits, logits.max() - _DEEPEST * tau)
 
 
 def centred(logits: Tensor, how: Centre = "mean") -> Tensor:
