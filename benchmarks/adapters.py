@@ -7,7 +7,8 @@ turns, medians of the ratios to our plain LoRA; with PEFT's LoRA beside it where
 installed. MaskLoRA and ScaleLoRA need the gradient of the whole product BA, a third large
 matrix product beside forward's and backward's, which plain LoRA never forms: with the
 activations kept they cannot come below 3/2 of its time inside the linears, with activations
-recomputed (gradient checkpointing) not below 4/3. Wanted for the whole step: 1.3.
+recomputed (gradient checkpointing) not below 4/3. Wanted for the whole step: 1.3. ``product`` is
+plain LoRA that forms that third product too and throws it away: the least a masked one can take.
 
 Memory: the most a fresh process holds during two steps beyond what it held with the model and
 the adapters in place.
@@ -44,7 +45,13 @@ LIMIT = 1.3  # times plain LoRA
 RANK = 16
 MODES = ("kept", "recomputed")
 KIND_NAMES = (*KINDS, "full")
-TIMED = ("lora", "mask-lora", "scale-lora", "full")  # lora-prune trains as lora, spp as scale-lora
+TIMED = (
+    "lora",
+    "product",
+    "mask-lora",
+    "scale-lora",
+    "full",
+)  # lora-prune trains as lora, spp as scale-lora
 
 
 def halved(view: ModelView) -> dict[str, Tensor]:
@@ -64,6 +71,34 @@ def put(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         model.get_submodule(parent)._modules[leaf] = module
 
 
+class _Product(torch.autograd.Function):
+    """y as it is; in backward dL/dy (outputs x tokens) times x, for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None]:
+        (x,), g = ctx.saved_tensors, upstream[0]
+        _ = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return g, None
+
+
+class WithProduct(nn.Module):
+    """A layer that also forms the gradient of its whole weight."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        made: Tensor = _Product.apply(self.layer(x), x)
+        return made
+
+
 class Ways:
     """The same model with each kind of adapter, to be stepped in turns."""
 
@@ -80,6 +115,11 @@ class Ways:
             if kind in KINDS:
                 adapters = Adapters.attach(view, masks, AdapterOptions(kind, rank=RANK))
                 self.on[kind] = dict(adapters.modules)
+                self.trained[kind] = list(adapters.parameters().values())
+                put(model, self.plain)
+            elif kind == "product":
+                adapters = Adapters.attach(view, masks, AdapterOptions("lora", rank=RANK))
+                self.on[kind] = {n: WithProduct(m) for n, m in adapters.modules.items()}
                 self.trained[kind] = list(adapters.parameters().values())
                 put(model, self.plain)
             elif kind == "peft":
@@ -206,7 +246,7 @@ def main() -> None:
     kinds = tuple(dict.fromkeys(("lora", *given.kinds)))
     held = {}
     for kind in kinds if given.only != "time" else ():
-        if kind == "peft":
+        if kind in ("peft", "product"):
             continue
         got = in_fresh_process(
             "benchmarks.adapters", "--child", kind, "--model", given.model,

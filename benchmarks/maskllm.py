@@ -179,12 +179,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        import numba
-
-        numba.set_num_threads(1)
-    except ImportError:
-        pass
     if given.speed:
         finish("maskllm_speed", speed(given.rounds), given.json)
         return

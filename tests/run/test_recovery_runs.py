@@ -260,6 +260,7 @@ def test_mask_from_zeros_keeps_them(folder, tmp_path):
         ({"method": "reconstruct", "distil": 0.5}, "recovery.distil"),
         ({"method": "reconstruct", "patience": 2}, "recovery.patience"),
         ({"shard": True, "patience": 2}, "recovery.shard"),
+        ({"precision": "fp16"}, "recovery.precision"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_cut(
@@ -273,6 +274,19 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_cut(
         )  # fmt: skip
     assert caught.value.field == field
     assert not out.exists()
+
+
+def test_a_batch_that_cannot_be_sharded_is_refused_before_anything_is_cut(
+    tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("secateur.training.sharding.processes", lambda: 2)
+    with pytest.raises(UsageError, match="a multiple of 2") as caught:
+        secateur.prune(
+            str(tiny_folder("llama")), method="magnitude", out=tmp_path / "out",
+            recovery=RECOVERY | {"shard": True, "batch": 3}, **COMMON,
+        )  # fmt: skip
+    assert caught.value.field == "recovery.batch"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from secateur.data.windows import Windows, training_windows
 from secateur.errors import NumericsError, UsageError
 from secateur.models.anatomy import ModelView
 from secateur.models.tiny import tiny_model, tiny_tokenizer
-from secateur.training import checkpoint
+from secateur.training import checkpoint, loop, precision
 from secateur.training.loop import Hook, fit, next_token_loss
 from secateur.training.masked import KeepZeros, check_masks, masks_from_zeros, prove_zeros
 from secateur.training.settings import TrainSettings
@@ -400,3 +401,80 @@ def test_masks_that_do_not_fit_are_refused():
             check_masks(view, masks)
     with pytest.raises(UsageError, match="no sparse model"):
         masks_from_zeros(view)
+
+
+# -- float16 -------------------------------------------------------------------------------------
+
+
+def float16(monkeypatch, scale):
+    """The loop as on a GPU that computes in float16, on a CPU (which is slow at it)."""
+
+    def accelerator(model, settings):
+        made = plain(model, settings)
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+        made.autocast = lambda: torch.autocast("cpu", torch.float16)
+        return made
+
+    plain = loop.accelerator_for
+    monkeypatch.setattr(loop, "accelerator_for", accelerator)
+
+
+def test_a_scaled_loss_trains_as_an_unscaled_one(monkeypatch):
+    settings = TrainSettings(steps=5, lr=0.02, batch=4, micro_batch=2)
+    plain, half = (vectors(tiny_model("llama")) for _ in range(2))
+    wanted = fit(plain, windows(), settings).losses
+    float16(monkeypatch, 2.0**12)
+    assert fit(half, windows(), settings).losses == pytest.approx(wanted, rel=0.01)
+
+
+def test_steps_that_overflow_are_left_out_until_the_scale_fits(monkeypatch):
+    model = vectors(tiny_model("llama"))
+    seen = []
+
+    class Watch(Hook):
+        def after_step(self, at):
+            weights = torch.cat([p.detach().flatten() for p in at.named.values()])
+            seen.append((at.accelerator.scaler.get_scale(), float(weights.sum())))
+
+    before = float(torch.cat([p.detach().flatten() for p in vectors(model).parameters()
+                              if p.requires_grad]).sum())  # fmt: skip
+    float16(monkeypatch, 2.0**40)
+    fit(model, windows(), TrainSettings(steps=40, lr=0.02, batch=2), hooks=[Watch()])
+    scales, sums = zip(*seen, strict=True)
+    left_out = [s for s, total in seen if total == before]
+    assert left_out == sorted(left_out, reverse=True)  # the scale falls and nothing else happens
+    assert 10 < len(left_out) < 35
+    assert sums[-1] != before
+    assert min(scales) > 1
+
+
+def test_the_scale_is_taken_up_again(monkeypatch, tmp_path):
+    float16(monkeypatch, 2.0**20)
+    settings = TrainSettings(steps=8, lr=0.02, batch=2, checkpoint_every=2)
+    whole = fit(vectors(tiny_model("llama")), windows(), settings, folder=tmp_path / "a")
+
+    class Stop(Hook):
+        def after_step(self, at):
+            if at.step == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            vectors(tiny_model("llama")), windows(), settings, hooks=[Stop()], folder=tmp_path / "b"
+        )
+    again = fit(vectors(tiny_model("llama")), windows(), settings, folder=tmp_path / "b")
+    assert again.losses == whole.losses
+    last = [checkpoint.load(tmp_path / name)[1]["scaling"] for name in "ab"]
+    assert last[0] == last[1]
+
+
+def test_float16_is_for_gpus_and_chosen_where_bfloat16_is_not(monkeypatch):
+    with pytest.raises(UsageError, match="a CPU does not train in float16"):
+        fit(vectors(tiny_model("llama")), windows(), TrainSettings(precision="fp16"))
+    model = nn.Linear(2, 2)
+    assert precision.chosen(model, "auto") == "no"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    for kind, wanted in ((torch.float32, "no"), (torch.float16, "fp16")):
+        weight = SimpleNamespace(device=torch.device("cuda"), dtype=kind)
+        held = SimpleNamespace(parameters=lambda weight=weight: iter([weight]))
+        assert precision.chosen(held, "auto") == wanted

@@ -7,15 +7,14 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
+from secateur.kernels.masking import ROWS, keep_only
 from secateur.training.low_rank import (
     KINDS,
     MASKED,
-    ROWS,
     Drop,
     added_linear,
     dropped,
     effective,
-    keep_only,
     masked_linear,
     merged,
     start,

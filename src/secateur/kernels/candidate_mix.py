@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.kernels.threads import as_many_as_torch
 from secateur.masks.nm import candidates
 
 _CHUNK = 1 << 17  # groups the torch form works on at a time
@@ -190,7 +191,10 @@ def _fused(*tensors: Tensor) -> Any:
         plain = tensor.device.type == "cpu" and tensor.dtype is torch.float32
         if not plain or not tensor.is_contiguous() or tensor.numel() >= 2**32:
             return None
-    return _compiled()
+    kernels = _compiled()
+    if kernels is not None:
+        as_many_as_torch()
+    return kernels
 
 
 @lru_cache(maxsize=1)

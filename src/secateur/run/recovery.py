@@ -23,9 +23,11 @@ from secateur.training.distil import distillation_loss
 from secateur.training.loop import Batch, Loss, next_token_loss
 from secateur.training.low_rank import KINDS
 from secateur.training.perp import parts, refuse_filling
+from secateur.training.precision import refuse_unfit
 from secateur.training.reconstruction import refuse_senseless
 from secateur.training.recoveries import Task, recoveries
 from secateur.training.settings import TrainSettings
+from secateur.training.sharding import refuse_unshardable
 from secateur.training.subsets import add_biases, refuse_empty, usual
 
 RATES = {"vectors": 2e-3, "adapters": 1e-3, "full": 3e-4, "reconstruct": 1e-3}
@@ -98,6 +100,10 @@ class Recoverer:
         if kind is not None:
             targeted(view, AdapterOptions.of(kind, _adapter(spec)).targets)
         refuse_empty(view, [s for s in subsets if not (s == "biases" and spec.add_biases)])
+        settings = _settings(spec, train, kind)
+        if spec.shard:
+            refuse_unshardable(settings, spec.patience is not None, "recovery.")
+        refuse_unfit(view.model, settings, "recovery.")
         length = loaded.window(spec.length, "recovery.length")
         data = training_windows(
             spec.text if text is None else text,
@@ -111,8 +117,7 @@ class Recoverer:
         if spec.patience is not None:
             data, held = _set_aside(data)
         return cls(
-            spec, loaded, view, train, _settings(spec, train, kind), data, held,
-            teacher, progress,
+            spec, loaded, view, train, settings, data, held, teacher, progress,
         )  # fmt: skip
 
     @property
@@ -262,13 +267,6 @@ def _refuse_contradictions(spec: Recovery, train: tuple[str, ...]) -> None:
                     value=getattr(spec, name),
                     fix="leave it out, or method: perp",
                 )
-    if spec.shard and spec.patience is not None:
-        raise UsageError(
-            "a sharded training does not stop early",
-            field="recovery.shard",
-            value=True,
-            fix="patience: null",
-        )
 
 
 def _adapter(spec: Recovery) -> dict[str, Any]:

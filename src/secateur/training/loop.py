@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from secateur.data.batches import Batch, Data
-from secateur.errors import MissingExtra, NumericsError, UsageError
+from secateur.errors import NumericsError, UsageError
 from secateur.files import told_plainly
 from secateur.progress import SILENT, Progress
 from secateur.training import checkpoint
@@ -39,8 +39,9 @@ from secateur.training.hooks import (
     next_token_loss,
     trainable,
 )
+from secateur.training.precision import Scaling, accelerator_for
 from secateur.training.settings import TrainSettings
-from secateur.training.sharding import alike, shard, take_over, whole
+from secateur.training.sharding import alike, refuse_unshardable, shard, take_over, whole
 
 __all__ = [
     "Batch",
@@ -94,12 +95,12 @@ def fit(
     named = trainable(model)
     if not named:
         raise UsageError("no parameter is to be trained", field="train", value=[])
-    accelerator = _accelerator(model, settings)
+    accelerator = accelerator_for(model, settings)
     device = next(model.parameters()).device
     sharded = settings.shard and accelerator.num_processes > 1
     worker = model
     if sharded:
-        _refuse_unshardable(settings, accelerator.num_processes, validate is not None)
+        refuse_unshardable(settings, validate is not None)
         worker = shard(model, blocks)
         named = trainable(worker)
     at = Training(
@@ -173,6 +174,7 @@ class _Run:
         self.data, self.folder = data, folder
         self.order = data.order(at.settings.seed)
         self.device = next(iter(at.named.values())).device
+        self.scaling = Scaling(at.accelerator.scaler)
         self.tokens_per_step = at.settings.batch * data.length
         total = sum(p.numel() for p in at.model.parameters())
         trained = sum(p.numel() for p in at.named.values())
@@ -227,19 +229,21 @@ class _Run:
             at.accelerator.backward(value)
             total += value.detach().double()
         self._reduce(total)
+        self.scaling.unscale(at.optimizer)
         for hook in self.hooks:
             hook.after_backward(at)
         loss = float(total)
         trained = list(at.named.values())
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         size_of_gradient = float(whole(norm))
-        if not math.isfinite(loss) or not math.isfinite(size_of_gradient):
+        overflowed = not math.isfinite(size_of_gradient) and not self.scaling.gives
+        if not math.isfinite(loss) or overflowed:
             self._diverged(loss)
         if settings.clip is not None:
             nn.utils.clip_grads_with_norm_(trained, settings.clip, norm)
         for group in at.optimizer.param_groups:
             group["lr"] = settings.rate(at.step) * group["lr_scale"]
-        at.optimizer.step()
+        self.scaling.step(at.optimizer)
         at.optimizer.zero_grad(set_to_none=True)
         at.step += 1
         for hook in self.hooks:
@@ -342,6 +346,7 @@ class _Run:
         self.best = tensors["best"]
         self.best_value = math.inf if record["best"] is None else record["best"]
         self.worse, self.stopped_early = record["worse"], record["stopped"]
+        self.scaling.restore(record.get("scaling"))
         self.seconds_before = record["seconds"]
         lines = checkpoint.trim_metrics(self.folder, self.at.step) if self.leads else []
         fitted = self.fitted
@@ -362,6 +367,7 @@ class _Run:
             "step": self.at.step,
             "best": None if math.isinf(self.best_value) else self.best_value,
             "worse": self.worse,
+            "scaling": self.scaling.state(),
             "stopped": self.stopped_early,
             "seconds": self.fitted.seconds,
             "validations": self.fitted.validations,
@@ -423,39 +429,7 @@ def _finite_gradient(parameter: nn.Parameter) -> bool:
     return parameter.grad is None or bool(torch.isfinite(whole(parameter.grad)).all())
 
 
-def _refuse_unshardable(settings: TrainSettings, world: int, validates: bool) -> None:
-    if settings.batch % world:
-        raise UsageError(
-            f"sharded, every one of {world} processes takes the same number of windows",
-            field="batch",
-            value=settings.batch,
-            fix=f"a multiple of {world}",
-        )
-    if validates:
-        raise UsageError(
-            "a sharded training does not stop early",
-            field="shard",
-            value=True,
-            fix="patience: null",
-        )
-
-
 # -- surroundings -----------------------------------------------------------------------------
-
-
-def _accelerator(model: nn.Module, settings: TrainSettings) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise MissingExtra("accelerate", "hf", "training") from error
-    device = next(model.parameters()).device
-    half = settings.precision
-    if half == "auto":
-        fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        half = "bf16" if fits else "no"
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's choices
-    return Accelerator(mixed_precision=half, cpu=device.type == "cpu", device_placement=False)
 
 
 def _mixed(*numbers: int) -> int:

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from secateur.kernels.masking import keep_only
+
 Kind = Literal["lora", "lora-prune", "mask-lora", "scale-lora", "spp"]
 Init = Literal["broken", "ones"]
 
@@ -44,10 +46,6 @@ class Drop:
 
     rate: float
     seed: int
-
-
-ROWS = 256
-"""Rows of a mask turned into floats at a time on a CPU: what they fill stays in its cache."""
 
 
 def start(
@@ -73,21 +71,6 @@ def start(
             a[0] = 1.0
             b[:, 0] = 1.0
     return a, b
-
-
-def keep_only(matrix: Tensor, keep: Tensor | None) -> Tensor:
-    """``matrix`` with zeros where ``keep`` (uint8, same shape) is zero, in place.
-
-    A product of float and integer is slow on a CPU, so there the mask is turned into floats a
-    few rows at a time.
-    """
-    if keep is None:
-        return matrix
-    if matrix.device.type != "cpu":
-        return matrix.mul_(keep)
-    for rows, kept in zip(matrix.split(ROWS), keep.split(ROWS), strict=True):
-        rows.mul_(kept.to(matrix.dtype))
-    return matrix
 
 
 def dropped(shape: torch.Size, drop: Drop, device: torch.device) -> Tensor:

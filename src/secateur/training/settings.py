@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from secateur.errors import UsageError
 
 Schedule = Literal["linear", "cosine", "constant"]
-Precision = Literal["auto", "no", "bf16"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class TrainSettings:
         checkpoint_every: steps between two checkpoints; None: only the last.
         patience: validations without a better one after which it stops; None: never.
         validate_every: steps between two validations.
-        precision: ``bf16`` computes in bfloat16 (parameters stay as they are); ``auto``: where
-            the device is a GPU that has it.
+        precision: ``bf16`` computes in bfloat16 (parameters stay as they are), ``fp16`` in
+            float16 under a scaled loss; ``auto``: bf16 where the device is a GPU that has it.
         shard: with several processes, share weights, gradients and optimizer state out over
             them (FSDP) instead of holding all of them in each.
     """

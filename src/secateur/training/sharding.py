@@ -9,12 +9,56 @@ stays behind in it.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from secateur.errors import UsageError
+from secateur.training.settings import TrainSettings
+
+
+def processes() -> int:
+    """How many processes there are, or will be once they have met."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_unshardable(settings: TrainSettings, validates: bool, prefix: str = "") -> None:
+    """Settings of a sharded training that cannot be, before anything is done.
+
+    Args:
+        prefix: of the settings' names, as the user wrote them.
+
+    Raises:
+        UsageError: a batch that the processes do not divide, early stopping, float16.
+    """
+    world = processes()
+    if settings.batch % world:
+        raise UsageError(
+            f"sharded, every one of {world} processes takes the same number of windows",
+            field=f"{prefix}batch",
+            value=settings.batch,
+            fix=f"a multiple of {world}",
+        )
+    if validates:
+        raise UsageError(
+            "a sharded training does not stop early",
+            field=f"{prefix}shard",
+            value=True,
+            fix="patience: null",
+        )
+    if settings.precision == "fp16":
+        raise UsageError(
+            "gradients that are sharded are not scaled",
+            field=f"{prefix}precision",
+            value="fp16",
+            fix="bf16, or no",
+        )
 
 
 def shard(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
