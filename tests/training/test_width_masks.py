@@ -72,7 +72,6 @@ def test_no_width_is_lost_for_good():
     p = width_probabilities(lifted(u))
     assert bool((p > 1e-9).all())
     assert torch.allclose(p, width_probabilities(u), atol=1e-8)
-    assert bool(expected_width_gradient(p, torch.tensor([1, 2, 3])).all())
     assert torch.equal(lifted(u / 100), u / 100)
 
 

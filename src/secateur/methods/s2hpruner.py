@@ -17,6 +17,7 @@ from secateur.errors import UsageError
 from secateur.methods.vision_base import VisionJob, VisionMethod, VisionOutcome, VisionTargetKind
 from secateur.training.s2h_finish import cut, learn_widths, measure_gap
 from secateur.training.s2h_options import Learning, Order, Trained
+from secateur.training.s2hpruner import width_choices
 from secateur.training.soft_hard import Distillation
 from secateur.training.width_masks import Centre, Init
 
@@ -71,18 +72,23 @@ class S2HPruner(VisionMethod):
         """The options with what the run knows: ``flops``, ``at_least``, ``multiple``, ``seed``."""
         return Learning(**{**asdict(self), **given})
 
+    def _options(self, job: VisionJob) -> Learning:
+        return self.learning(
+            flops=1 - job.target.share, at_least=job.at_least, multiple=job.round_to, seed=job.seed
+        )
+
     def check(self, recipe: Any) -> None:
         """See ``VisionMethod``: it trains, and distils in its own way.
 
         Raises:
-            UsageError: no training in the recipe; a second distillation; a target of 0.
+            UsageError: no training in the recipe; a second distillation; a ranking.
         """
         if recipe.training is None:
             raise UsageError(
                 "S2HPruner learns widths in a training",
                 field="training",
                 value=None,
-                fix="training: {epochs: 30} in the recipe, or --train epochs=30",
+                fix="training: {epochs: 30} in the recipe, or -R epochs=30",
             )
         if recipe.training.distil:
             raise UsageError(
@@ -91,6 +97,17 @@ class S2HPruner(VisionMethod):
                 value=recipe.training.distil,
                 fix="leave it out; the method's option is kd",
             )
+        if recipe.structure.ranking != "local":
+            raise UsageError(
+                "widths are learned, not ranked",
+                field="structure.ranking",
+                value=recipe.structure.ranking,
+                fix="leave it out",
+            )
+
+    def check_job(self, job: VisionJob) -> None:
+        """See ``VisionMethod``: a target no width reaches is refused before anything is trained."""
+        width_choices(job.groups, self._options(job))
 
     def prune(self, job: VisionJob) -> VisionOutcome:
         """See ``VisionMethod``.
@@ -105,11 +122,8 @@ class S2HPruner(VisionMethod):
                 field="images" if job.images is None else "training",
                 value=None,
             )
-        options = self.learning(
-            flops=1 - job.target.share, at_least=job.at_least, multiple=job.round_to, seed=job.seed
-        )
         widths, fitted = learn_widths(
-            job.model, job.groups, job.images, job.settings, options,
+            job.model, job.groups, job.images, job.settings, self._options(job),
             folder=job.folder, progress=job.progress,
         )  # fmt: skip
         record = widths.record()

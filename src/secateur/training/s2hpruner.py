@@ -54,6 +54,36 @@ WATCHED = ("step", "flops", "divergence", "soft", "hard")
 (nats) and accuracies of both networks over the training images since the last note."""
 
 
+def width_choices(groups: ChannelGroups, options: Learning) -> dict[str, Tensor]:
+    """Candidate widths of every group that can be narrowed.
+
+    Raises:
+        UsageError: there is none; a target below what the narrowest widths cost.
+    """
+    widths: dict[str, Tensor] = {}
+    for group in groups.prunable:
+        found = candidate_widths(group.n_units, options.divisor, options.at_least)
+        if len(found) > 1:
+            widths[group.key] = found
+    if not widths:
+        raise UsageError(
+            "no group of this network can be narrowed",
+            field="structure",
+            value="prunable groups: 0",
+        )
+    narrow = {k: chosen_width(float(w[0]), int(w[-1]), options.multiple) for k, w in widths.items()}
+    floor = float(groups.flops(narrow)) / float(groups.flops())
+    if options.flops < floor - options.relax:
+        raise UsageError(
+            f"the narrowest widths still cost {floor:.3f} of the FLOPs",
+            field="flops",
+            value=options.flops,
+            fix=f"at least {math.ceil(1000 * floor) / 1000:g} left, a smaller divisor, or more kinds "
+            "of groups",
+        )
+    return widths
+
+
 class LearnedWidths(Hook):
     """The masks of a model's groups: a hook of the training loop, and the loss it minimises.
 
@@ -70,14 +100,7 @@ class LearnedWidths(Hook):
         self.model, self.groups, self.options = model, groups, options
         self.paths = DualPath(model, groups)
         self.device = next(model.parameters()).device
-        self.widths: dict[str, Tensor] = {}
-        for group in groups.prunable:
-            widths = candidate_widths(group.n_units, options.divisor, options.at_least)
-            if len(widths) > 1:
-                self.widths[group.key] = widths
-        if not self.widths:
-            raise UsageError("no group of this model can be narrowed", field="model",
-                             value=type(model).__name__)  # fmt: skip
+        self.widths = width_choices(groups, options)
         generator = torch.Generator().manual_seed(options.seed)
         self.logits = {
             key: first_logits(
@@ -95,19 +118,6 @@ class LearnedWidths(Hook):
         self._gap: dict[str, Tensor] = {}
         self._fused: dict[str, Tensor] = {}
         self._broken = ""
-        self._check_target()
-
-    def _check_target(self) -> None:
-        narrow = {k: chosen_width(float(w[0]), int(w[-1]), self.options.multiple)
-                  for k, w in self.widths.items()}  # fmt: skip
-        floor = float(self.groups.flops(narrow)) / self.all_flops
-        if self.options.flops < floor - self.options.relax:
-            raise UsageError(
-                f"the narrowest widths still cost {floor:.3f} of the FLOPs",
-                field="flops",
-                value=self.options.flops,
-                fix=f"at least {math.ceil(1000 * floor) / 1000:g}, or a smaller divisor",
-            )
 
     # -- the masks as they are -------------------------------------------------------------------
 
