@@ -63,11 +63,11 @@ class Net:
 NETS = {
     "resnet": Net(
         lambda: ResNet(1, 10, 16, 1), True,
-        {"lr": 0.1, "optimizer": "sgd", "weight_decay": 5e-4, "clip": None}, {},
+        {"lr": 0.1, "optimizer": "sgd", "weight_decay": 5e-4}, {},
     ),
     "vit": Net(
         lambda: ViT(1, 10, 28, 7, 64, 3, 4), False,
-        {"lr": 2e-3, "optimizer": "adamw", "weight_decay": 0.05, "clip": 1.0},
+        {"lr": 2e-3, "optimizer": "adamw", "weight_decay": 0.05},
         {"dis_scale": 1.0},
     ),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import NumericsError, UsageError
@@ -20,6 +20,8 @@ from secateur.training.width_masks import (
     width_probabilities,
 )
 
+# Draws are small, but the machine may be busy.
+relaxed = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 groups = st.tuples(st.integers(2, 96), st.integers(1, 40)).filter(lambda g: g[0] > g[1])
 
 
@@ -28,6 +30,7 @@ def logits_of(widths, seed, spread=2.0):
     return torch.randn(len(widths), generator=generator, dtype=torch.float64) * spread
 
 
+@relaxed
 @given(groups, st.integers(0, 1000), st.floats(0.2, 5.0), st.floats(-50, 50))
 def test_a_mask_is_a_falling_line_whose_mass_is_the_expected_width(group, seed, tau, shift):
     size, divisor = group
@@ -45,6 +48,7 @@ def test_a_mask_is_a_falling_line_whose_mass_is_the_expected_width(group, seed, 
         assert torch.allclose(width_probabilities(centred(u, how), tau), p, atol=1e-12)
 
 
+@relaxed
 @given(groups, st.integers(0, 1000), st.floats(0.3, 3.0))
 def test_closed_forms_are_autograds(group, seed, tau):
     widths = candidate_widths(*group)
@@ -75,6 +79,7 @@ def test_no_width_is_lost_for_good():
     assert torch.equal(lifted(u / 100), u / 100)
 
 
+@relaxed
 @given(groups)
 def test_candidates_end_at_the_whole_group_and_step_evenly(group):
     widths = candidate_widths(*group)
@@ -84,6 +89,7 @@ def test_candidates_end_at_the_whole_group_and_step_evenly(group):
     assert int(steps[0]) <= group[1]
 
 
+@relaxed
 @given(st.integers(1, 400), st.integers(1, 16))
 def test_a_whole_expected_width_is_not_rounded_up_by_float_dust(size, multiple):
     p = torch.zeros(size)

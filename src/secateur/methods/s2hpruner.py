@@ -10,7 +10,7 @@ the options a recipe gives.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from secateur.errors import UsageError
@@ -29,7 +29,9 @@ MEASURED = 1024
 class S2HPruner(VisionMethod):
     """One-stage structured pruning with soft-to-hard distillation.
 
-    The recipe's ``training`` is the training: there is no fine-tuning after it.
+    The recipe's ``training`` is the training: there is no fine-tuning after it. Where it names no
+    ``clip``, gradients are clipped to norm 1: a hard network that has just lost channels is so far
+    from the soft one that a step without it can kill units for good.
 
     Attributes:
         relax, lr, momentum, weight_decay, tau, init, init_std, init_share, divisor, order,
@@ -122,8 +124,11 @@ class S2HPruner(VisionMethod):
                 field="images" if job.images is None else "training",
                 value=None,
             )
+        settings = job.settings
+        if settings.clip is None:
+            settings = replace(settings, clip=1.0)
         widths, fitted = learn_widths(
-            job.model, job.groups, job.images, job.settings, self._options(job),
+            job.model, job.groups, job.images, settings, self._options(job),
             folder=job.folder, progress=job.progress,
         )  # fmt: skip
         record = widths.record()
