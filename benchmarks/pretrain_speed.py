@@ -1,6 +1,7 @@
 """What pruning-aware pretraining costs beside the training itself, and what shrinking gains.
 
     python -m benchmarks.pretrain_speed            # SmolLM2-135M from its package: minutes
+    python -m benchmarks.pretrain_speed --keep 0.97 --steps 2 3 1 --batch 2
     python -m benchmarks.pretrain_speed --model tiny
 
 One training of a few steps with one thread, in CPU time: dense steps first, then an event after
@@ -69,12 +70,18 @@ class Timed(PruningAware):
         self._start = None
 
 
-def measure(name: str, keep: float, batch: int, length: int, saliency: str) -> dict[str, Any]:
-    """The run, and its ratios."""
+def measure(
+    name: str, keep: float, batch: int, length: int, saliency: str, counts: tuple[int, int, int]
+) -> dict[str, Any]:
+    """The run, and its ratios.
+
+    Args:
+        counts: dense steps, steps with an event, steps of the small model.
+    """
+    dense, events, small = counts
     loaded = load(name, dtype="float32")
     model = loaded.model.train()
     model.requires_grad_(True)
-    dense, events, small = 3, 5, 4
     steps = dense + events + small
     data = training_windows("pydoc", loaded.tokenizer, steps * batch * length, length)
     total = sum(p.numel() for p in model.parameters())
@@ -120,13 +127,24 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--saliency", default="taylor1")
+    parser.add_argument("--steps", type=int, nargs=3, default=(3, 5, 4))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = measure(options.model, options.keep, options.batch, options.length, options.saliency)
+    record = measure(
+        options.model,
+        options.keep,
+        options.batch,
+        options.length,
+        options.saliency,
+        tuple(options.steps),
+    )
     print(json.dumps(record, indent=1))
     if options.model == "demo":
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "pretrain_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+        path = RESULTS / "pretrain_speed.json"
+        cases = json.loads(path.read_text()) if path.exists() else {}
+        words = f"keep {options.keep:g} in {options.steps[1]} events, batch {options.batch}"
+        path.write_text(json.dumps(cases | {words: record}, indent=1) + "\n")
     return 0
 
 

@@ -15,6 +15,7 @@ from secateur.allocation import allocators
 from secateur.cli import main
 from secateur.methods import methods
 from secateur.recipe import Calibration, Evaluation, Recipe, Recovery, Search, Structure
+from secateur.recipe_parts import Pretraining
 from secateur.recipe_vision import VisionEvaluation, VisionRecipe, VisionStructure, VisionTraining
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,9 @@ def test_every_page_is_in_the_navigation():
     assert set(re.findall(r"([\w/-]+\.md)", nav)) == pages
 
 
-@pytest.mark.parametrize("part", [Recipe, Calibration, Evaluation, Recovery, Search, Structure])
+@pytest.mark.parametrize(
+    "part", [Recipe, Calibration, Evaluation, Recovery, Search, Structure, Pretraining]
+)
 def test_every_key_of_a_recipe_is_documented(part):
     page = (ROOT / "docs" / "recipes.md").read_text()
     for name in part.model_fields:

@@ -149,11 +149,14 @@ def test_command_line_recipe_and_json(tmp_path, tiny_folder, capsys):
     record = json.loads(capsys.readouterr().out)
     assert code == 0
     assert record["pretraining"]["events"]
+    rows = tmp_path / "rows.jsonl"  # the same document, elsewhere
+    rows.write_text(json.dumps({"body": text.read_text()}) + "\n")
+    data = {"text": str(rows), "field": "body", "epochs": 90}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         json.dumps(
             {"model": model, "evaluation": None,
-             "pretraining": {**SMALL, "keep_params": 0.7, "text": str(text), "epochs": 90}}
+             "pretraining": {**SMALL, "keep_params": 0.7, **data}}
         )
     )  # fmt: skip
     assert main(["run", str(recipe), "-o", str(tmp_path / "by-recipe")]) == 0

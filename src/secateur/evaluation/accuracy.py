@@ -82,7 +82,7 @@ def accuracy(model: nn.Module, images: ImageSet, batch: int = 64) -> Accuracy:
     """Accuracy of ``model``, called as ``model(pixels)`` for logits (B, classes).
 
     Raises:
-        UsageError: the model knows fewer classes than the images have.
+        UsageError: the model knows more or fewer classes than the images have.
         NumericsError: a logit is not finite.
     """
     place = next(iter(model.parameters()))
@@ -125,7 +125,7 @@ def check_classes(logits: Tensor, images: ImageSet) -> None:
     """Refuse a model that is no classifier of these images.
 
     Raises:
-        UsageError: logits of another shape, or fewer than there are classes.
+        UsageError: logits of another shape, or not one for each class.
     """
     if logits.dim() != 2:
         raise UsageError(
@@ -133,10 +133,11 @@ def check_classes(logits: Tensor, images: ImageSet) -> None:
             field="model",
             fix="a classifier",
         )
-    if logits.shape[1] < len(images.classes):
+    if logits.shape[1] != len(images.classes):
         raise UsageError(
             f"knows {logits.shape[1]} classes, the images have {len(images.classes)}",
             field="images",
             value=images.name,
-            fix="images of the classes it was trained on, or a model made for these",
+            fix="images of the classes it was trained on, all of them in order, or a model made for "
+            "these",
         )

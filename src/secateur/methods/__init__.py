@@ -16,6 +16,7 @@ methods: Registry[type[Described]] = Registry(
         "maskllm": "secateur.methods.maskllm:MaskLLM",
         "slimgpt": "secateur.methods.slimgpt:SlimGPT",
         "llm-pruner": "secateur.methods.llm_pruner:LLMPruner",
+        "deprune": "secateur.methods.deprune:DEPrune",
         "heads": "secateur.methods.heads:Heads",
         "unit-magnitude": "secateur.methods.unit_baselines:UnitMagnitude",
         "unit-random": "secateur.methods.unit_baselines:UnitRandom",

@@ -95,6 +95,8 @@ class VisionOutcome:
         record: anything for the report, JSON-able.
         layers: a row for each layer the method speaks of: ``name``, ``kind``, ``before``, ``after``
             and whatever else.
+        delivered: share of its own weights that went, where ``masks`` do not tell (some of the
+            masked were cut out after); None otherwise.
     """
 
     structure: StructuredMask = field(default_factory=StructuredMask)
@@ -102,6 +104,7 @@ class VisionOutcome:
     trained: bool = False
     record: dict[str, Any] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    delivered: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ killed one stopped. The folder, its lock and its record are those of every other
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -93,6 +94,9 @@ def execute_vision(
     """
     if out is not None:
         writable(out)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise UsageError("vision runs use one process", field="ranks", value=world)
     session = prepare_vision(recipe, model, images, tests, progress)
     job = _job(session, out)
     session.method.check_job(job)

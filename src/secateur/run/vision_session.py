@@ -140,6 +140,9 @@ def prepare_vision(
     loaded.model.to(device).eval()
     with progress.stage("finding channels"):
         groups = find_groups(recipe, loaded.model, train)
+    notes = list(loaded.notes)
+    if test is not None and test.fingerprint == train.fingerprint:
+        notes.append("accuracy is measured on the images that were trained on")
     return VisionSession(
         recipe=recipe,
         loaded=loaded,
@@ -151,7 +154,7 @@ def prepare_vision(
         fingerprint=loaded.fingerprint,
         device=device,
         progress=progress,
-        notes=list(loaded.notes),
+        notes=notes,
     )
 
 

@@ -47,6 +47,7 @@ def save_outcome(folder: RunFolder, model: nn.Module, outcome: VisionOutcome) ->
             "trained": outcome.trained,
             "record": outcome.record,
             "layers": outcome.layers,
+            "delivered": outcome.delivered,
         },
     )
 
@@ -64,7 +65,14 @@ def load_outcome(folder: RunFolder, session: VisionSession) -> VisionOutcome | N
     masks: dict[str, Tensor] = {}
     if record["masked"]:
         masks = {name: mask.clone() for name, mask in load_masks(folder.inner / _MASKS).items()}
-    return VisionOutcome(structure, masks, record["trained"], record["record"], record["layers"])
+    return VisionOutcome(
+        structure,
+        masks,
+        record["trained"],
+        record["record"],
+        record["layers"],
+        record.get("delivered"),
+    )
 
 
 @torch.no_grad()

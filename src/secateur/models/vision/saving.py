@@ -14,6 +14,7 @@ from secateur.errors import VerificationError
 from secateur.files import write_json
 from secateur.masks.store import FILE_NAME, save_masks
 from secateur.masks.structured import StructuredMask, structure_of
+from secateur.models.attention_heads import QkvAttention
 from secateur.models.state import evaluating
 from secateur.models.vision.loading import FORMAT, MANIFEST, WEIGHTS, VisionModel, load_vision
 from secateur.tensorfile import save_tensors
@@ -46,6 +47,9 @@ def save_vision(
         "name": loaded.name,
         "source": loaded.source,
         "structure": structure.record(),
+        "rewritten": [
+            name for name, m in loaded.model.named_modules() if isinstance(m, QkvAttention)
+        ],
         "input": list(loaded.input),
         "classes": list(loaded.classes),
         "preprocess": None if loaded.preprocess is None else loaded.preprocess.record(),
