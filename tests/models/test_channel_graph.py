@@ -233,6 +233,26 @@ def test_an_attention_that_computes_something_else_is_left_alone() -> None:
     assert not groups.prunable
 
 
+def test_a_silent_branch_is_tried_too() -> None:
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = Written(), nn.Parameter(torch.full((5,), 1e-6))
+            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                beside = self.inner(x)
+            except RuntimeError:  # a cut that goes wrong, and that nothing loud would tell
+                beside = x.new_zeros(1, 5)
+            return self.fc(self.conv(x).mean((2, 3))) + self.scale * beside
+
+    torch.manual_seed(0)
+    model, example = Silent().eval(), torch.zeros(1, 3, 12, 12)
+    checked = check_groups(model, channel_groups(model, example), example)
+    assert [g.key for g in checked.prunable] == ["conv"]
+
+
 class Twice(nn.Module):
     """One convolution used two times."""
 

@@ -34,12 +34,13 @@ def check_groups(
         seed: which units go on trial.
     """
     trial = _Trial(model, example, seed)
+    live = trial.model
     bad = trial.failing(groups, groups.prunable)
     if not bad:
         return groups
     alike = trial.faithful()
     if alike:
-        trial.model = deepcopy(model)
+        trial.model = deepcopy(live)
         narrow_qkv(trial.model, alike)
         still = trial.failing(groups, groups.prunable)
         saved = bad.keys() - still.keys()
@@ -59,7 +60,7 @@ class _Trial:
         device = next(iter(model.parameters())).device
         generator = torch.Generator().manual_seed(seed)
         self.generator = generator
-        self.model = model
+        self.model = _livened(model, generator)
         self.inputs = [
             torch.randn(t.shape, generator=generator).to(device, t.dtype)
             if isinstance(t, Tensor) and t.is_floating_point()
@@ -134,8 +135,20 @@ class _Trial:
         return None
 
 
+@torch.no_grad()
+def _livened(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in which no branch is silent: scales that start near zero would hide a wrong cut."""
+    copy = deepcopy(model).eval()
+    for parameter in copy.parameters():
+        if parameter.is_floating_point() and max(parameter.shape, default=1) == parameter.numel():
+            more = torch.rand(parameter.shape, generator=generator) / 2 + 0.5
+            parameter.add_(more.to(parameter.device, parameter.dtype))
+    return copy
+
+
 def _first(output: Any) -> Tensor:
-    """The first tensor of an output, in float32."""
+    """The first tensor of an output (its logits, where it says so), in float32."""
+    output = getattr(output, "logits", output)
     while not isinstance(output, Tensor):
         output = next(iter(output.values() if isinstance(output, dict) else output))
     return output.float()

@@ -193,6 +193,9 @@ def attention(trace: Trace, call: Call) -> Tensor:
         found.append(labels)
     query, key, value = found
     scores = _contract(trace, query, key.mT, [*query.shape[:-1], key.shape[-2]])
+    mask = call.get(3, "attn_mask")
+    if mask is not None:
+        scores = trace.met([scores, trace.operand(mask)], scores.shape)
     return _contract(trace, scores, value, call.out.shape)
 
 
