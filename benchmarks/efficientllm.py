@@ -34,7 +34,7 @@ from secateur.training.prune_schedule import PruneSchedule
 from secateur.training.settings import TrainSettings
 from secateur.training.unit_choice import Rules
 
-STEPS, BATCH, LENGTH = 400, 8, 128
+STEPS, BATCH, LENGTH = 300, 8, 128
 SHARES = (0.3, 0.5, 0.6)
 SEEDS = (0, 1, 2)
 FROM, UNTIL = 0.02, 0.3
@@ -50,7 +50,7 @@ ARMS = {
     "found shape from scratch": {},
 }
 ONLY_AT_HALF = ("the same, raw saliency",)
-RATES = {"inherits": (1e-3, 3e-3, 1e-2), "scratch": (3e-3, 1e-2, 2e-2)}
+RATES = {"inherits": (1e-3, 3e-3, 1e-2), "scratch": (3e-3, 1e-2)}
 
 
 class Bench:
@@ -118,7 +118,7 @@ class Bench:
             fit(model, Windows(self._looked_at(seed)), still, hooks=[hook])
             fit(model, data, settings)
             return model, {"shape": shape(model), "types": types(hook)}
-        schedule = PruneSchedule(start=round(FROM * STEPS), stop=round(UNTIL * STEPS))
+        schedule = PruneSchedule(start=max(1, round(FROM * STEPS)), stop=round(UNTIL * STEPS))
         hook = PruningAware(PruneOptions(budget, schedule, context=LENGTH, **options))
         fit(model, data, settings, hooks=[hook])
         return model, {"shape": shape(model), "types": types(hook), "seconds": hook.seconds}
@@ -160,21 +160,37 @@ class Bench:
             for lr in RATES[kind]:
                 for arm in arms:
                     key = f"{arm}, {lr:g}"
-                    if key in tried:
-                        continue
-                    model, kept = self.model(arm, 0.5, 0, lr)
-                    tried[key] = round(perplexity(model.eval(), self.choice), 4)
-                    print(key, tried[key], flush=True)
-                    if arm == "pruned while it trains":
-                        cell = self.record["cells"].setdefault(f"0.5/{arm}/0", {})
-                        if tried[key] == min(v for k, v in tried.items() if k.startswith(arm)):
-                            cell.update(kept)  # the shape that the scratch arm needs
-                    self.save()
+                    if key not in tried:
+                        cell, model = self.cell(arm, 0.5, 0, lr)
+                        tried[key] = {
+                            "choice": round(perplexity(model, self.choice), 4),
+                            "cell": cell,
+                        }
+                        print(key, tried[key]["choice"], flush=True)
+                        self.save()
             means = {
-                lr: statistics.mean(tried[f"{arm}, {lr:g}"] for arm in arms) for lr in RATES[kind]
+                lr: statistics.mean(tried[f"{arm}, {lr:g}"]["choice"] for arm in arms)
+                for lr in RATES[kind]
             }
-            self.record["rates"][kind]["chosen"] = min(means, key=lambda lr: means[lr])
+            chosen = min(means, key=lambda lr: means[lr])
+            self.record["rates"][kind]["chosen"] = chosen
+            for arm in arms:  # the same training as the grid's
+                self.record["cells"].setdefault(f"0.5/{arm}/0", tried[f"{arm}, {chosen:g}"]["cell"])
             self.save()
+
+    def cell(
+        self, arm: str, share: float, seed: int, lr: float
+    ) -> tuple[dict[str, Any], nn.Module]:
+        """An arm trained and measured."""
+        start = time.process_time()
+        model, kept = self.model(arm, share, seed, lr)
+        model.eval()
+        return {
+            **kept,
+            "perplexity": round(perplexity(model, self.held), 4),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "cpu_seconds": round(time.process_time() - start, 1),
+        }, model
 
     def run(self, seeds: tuple[int, ...]) -> None:
         """Every cell that is not there yet, seed by seed."""
@@ -187,15 +203,8 @@ class Bench:
                         continue
                     if arm in ONLY_AT_HALF and share != 0.5:
                         continue
-                    start = time.process_time()
-                    model, kept = self.model(arm, share, seed, self.rate(arm))
-                    model.eval()
-                    self.record["cells"][key] = {
-                        **kept,
-                        "perplexity": round(perplexity(model, self.held), 4),
-                        "parameters": sum(p.numel() for p in model.parameters()),
-                        "cpu_seconds": round(time.process_time() - start, 1),
-                    }
+                    cell, _ = self.cell(arm, share, seed, self.rate(arm))
+                    self.record["cells"][key] = cell
                     print(key, self.record["cells"][key]["perplexity"], flush=True)
                     self.save()
 

@@ -21,7 +21,9 @@ _LAZY = {
     "pretrain": "secateur.api",
     "recover": "secateur.api",
     "load_pruned": "secateur.export.loading",
+    "load_vision": "secateur.models.vision.loading",
     "save_pruned": "secateur.export.pruned",
+    "prune_vision": "secateur.api",
     "prune_heads": "secateur.methods.heads",
     "search_plan": "secateur.run.plan_search",
     "Recipe": "secateur.recipe",
@@ -42,9 +44,11 @@ __all__ = [
     "apply_mask",
     "evaluate",
     "load_pruned",
+    "load_vision",
     "pretrain",
     "prune",
     "prune_heads",
+    "prune_vision",
     "recover",
     "save_pruned",
     "search_plan",
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from secateur.masks.target import Target
     from secateur.methods.heads import prune_heads
     from secateur.models.mask_file import apply_mask
+    from secateur.models.vision.loading import load_vision
     from secateur.recipe import Recipe
     from secateur.run.plan_search import search_plan
     from secateur.run.runner import Result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,6 +19,9 @@ from secateur.run.evaluate import evaluate_model as evaluate
 from secateur.run.pretraining import pretrain_model
 from secateur.run.recovering import recover_model
 from secateur.run.runner import Result, execute
+
+if TYPE_CHECKING:
+    from secateur.run.vision import VisionResult
 
 __all__ = ["allocate", "evaluate", "pretrain", "prune", "recover"]
 
@@ -40,7 +43,7 @@ def prune(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Result:
-    """Prune a language model.
+    """Prune a language model (vision networks: ``prune_vision``).
 
     Args:
         model: hub id, folder, GGUF file, ``"demo"``, ``"tiny"``, or a transformers model in
@@ -98,6 +101,72 @@ def prune(
         evidence=None if evidence is None else Path(evidence),
         progress=progress,
         command="secateur.prune(...)",
+    )
+
+
+def prune_vision(
+    model: str | Path | nn.Module,
+    images: Any,
+    *,
+    method: str | None = None,
+    target: float | str | None = None,
+    evaluation: Any = None,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> VisionResult:
+    """Prune a vision network.
+
+    Args:
+        model: ``efficientnet-lite0``, ``resnet`` ..., ``timm:NAME``, a folder, or a network in memory,
+            which is then pruned in place.
+        images: ``digits``, ``fashion-mnist``, a folder, an ``ImageSet`` or (image, label) pairs: the
+            training part; what accuracy is measured on is the test part.
+        method: see ``secateur methods``; by default ``channel-l2``.
+        target: share that goes, such as 0.5 or ``"50%"``; of what, ``target_kind`` says.
+        evaluation: an ``ImageSet``, pairs or SPEC to measure on, or the fields of
+            ``secateur.recipe_vision.VisionEvaluation``.
+        out: a run's folder (resumable, with report); None keeps everything in memory.
+        fresh: throw away what an earlier run left in ``out``.
+        **settings: any other field of ``secateur.recipe_vision.VisionRecipe`` (``options``,
+            ``structure``, ``pretraining``, ``training`` ...).
+
+    Returns:
+        The pruned network, what is gone of it, and the report.
+
+    Raises:
+        SecateurError: naming field, value and fix.
+    """
+    from secateur.recipe_vision import VisionRecipe
+    from secateur.run.vision import execute_vision
+
+    named = isinstance(images, str | Path)
+    values = {} if evaluation is None else {"evaluation": evaluation}
+    tests = None
+    if isinstance(evaluation, str | Path):
+        values = {"evaluation": {"images": str(evaluation)}}
+    elif evaluation is not None and not isinstance(evaluation, Mapping):
+        values, tests = {}, evaluation
+    recipe = VisionRecipe.build(
+        {
+            "model": str(model) if isinstance(model, str | Path) else "given",
+            "images": str(images) if named else "given",
+            **({} if method is None else {"method": method}),
+            **({} if target is None else {"target": target}),
+            **values,
+            **settings,
+        }
+    )
+    return execute_vision(
+        recipe,
+        out=None if out is None else Path(out),
+        model=model if isinstance(model, nn.Module) else None,
+        images=None if named else images,
+        tests=tests,
+        fresh=fresh,
+        progress=progress,
+        command="secateur.prune_vision(...)",
     )
 
 

@@ -39,6 +39,29 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings a YAML recipe names, not yet checked.
+
+    Raises:
+        UsageError: no such file, not YAML, or no mapping.
+    """
+    try:
+        values = read_yaml(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError("not text in UTF-8", field="recipe", value=str(path)) from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UsageError(f"not YAML{line}", field="recipe", value=str(path)) from None
+    if not isinstance(values, dict):
+        raise UsageError("a recipe is a YAML mapping", field="recipe", value=str(path))
+    return values
+
+
 class Calibration(_Part):
     """The text a method looks at."""
 
@@ -361,21 +384,7 @@ class Recipe(_Part):
     @classmethod
     def load(cls, path: Path, **override: Any) -> Recipe:
         """Read a YAML recipe; ``override`` replaces top-level keys."""
-        try:
-            values = read_yaml(path.read_text("utf-8"))
-        except OSError as error:
-            raise UsageError(
-                f"the recipe cannot be read: {error.strerror}", field="recipe", value=str(path)
-            ) from None
-        except UnicodeDecodeError:
-            raise UsageError("not text in UTF-8", field="recipe", value=str(path)) from None
-        except yaml.YAMLError as error:
-            where = getattr(error, "problem_mark", None)
-            line = f" at line {where.line + 1}" if where else ""
-            raise UsageError(f"not YAML{line}", field="recipe", value=str(path)) from None
-        if not isinstance(values, dict):
-            raise UsageError("a recipe is a YAML mapping", field="recipe", value=str(path))
-        return cls.build({**values, **override})
+        return cls.build({**read_recipe(path), **override})
 
     def yaml(self) -> str:
         """The recipe with every default resolved."""

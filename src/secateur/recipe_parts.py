@@ -101,7 +101,7 @@ class Pretraining(Part):
     prune_every: int = Field(1, ge=1, description="steps from one event to the next")
     second_order: bool = Field(True, description="survivors make up for what goes")
     damping: float = Field(0.01, gt=0, description="of the layers' second moments")
-    hessian_tokens: int = Field(1024, ge=1, description="inputs sampled for them at an event")
+    hessian_tokens: int = Field(2048, ge=1, description="inputs sampled for them at an event")
     compact_every: int = Field(
         1, ge=0, description="events after which zeros are cut out; 0: only at the budget"
     )

@@ -1,6 +1,9 @@
 """Streams: every token once and in order, the same windows from any place, little memory."""
 
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -337,6 +340,56 @@ def test_a_budget_beyond_the_text_is_refused_before_training():
     open_stream(Text.of(WORDS), TOKENIZER, 16, tokens=have)
     open_stream(Text.of(WORDS), TOKENIZER, 16, tokens=have * 2, epochs=2)
     open_stream(Text.of(WORDS), TOKENIZER, 16, tokens=have * 9, epochs=None)
+
+
+TWO = """
+import json, sys, time
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from secateur.run.ranks import Ranks
+from secateur.data.stream import open_stream
+from secateur.data.texts import Text
+from secateur.models.tiny import tiny_model, tiny_tokenizer
+from secateur.training import checkpoint
+from secateur.training.loop import fit
+from secateur.training.settings import TrainSettings
+ranks, folder, look = Ranks.from_environment("cpu"), Path(sys.argv[1]), checkpoint.load
+def late(path):
+    time.sleep(2 * ranks.rank)  # the other process could write the first checkpoint meanwhile
+    return look(path)
+checkpoint.load = late
+texts = [f"document {i} " * (i + 3) for i in range(30)]
+data = open_stream(
+    Text.of(texts), tiny_tokenizer(), 16, block=8, epochs=2, index=folder / "index.jsonl"
+)
+settings = TrainSettings(steps=8, batch=6, lr=1e-3, optimizer="sgd", checkpoint_every=3)
+fitted = fit(tiny_model("llama"), data, settings, folder=folder / "training")
+if ranks.leads:
+    (folder / "losses.json").write_text(json.dumps(fitted.losses))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_see_what_one_sees(tmp_path):
+    found = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        (tmp_path / "two.py").write_text(TWO)
+        done = subprocess.run(
+            [sys.executable, *(launch if world == 2 else []), tmp_path / "two.py", folder],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads((folder / "losses.json").read_text()))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    one, two = (tmp_path / w / "index.jsonl" for w in "12")
+    assert one.read_text() == two.read_text()
 
 
 # -- marks ---------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from secateur.allocation import allocators
 from secateur.cli import main
 from secateur.methods import methods
 from secateur.recipe import Calibration, Evaluation, Recipe, Recovery, Search, Structure
+from secateur.recipe_parts import Pretraining
+from secateur.recipe_vision import VisionEvaluation, VisionRecipe, VisionStructure, VisionTraining
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -75,11 +77,24 @@ def test_every_page_is_in_the_navigation():
     assert set(re.findall(r"([\w/-]+\.md)", nav)) == pages
 
 
-@pytest.mark.parametrize("part", [Recipe, Calibration, Evaluation, Recovery, Search, Structure])
+@pytest.mark.parametrize(
+    "part", [Recipe, Calibration, Evaluation, Recovery, Search, Structure, Pretraining]
+)
 def test_every_key_of_a_recipe_is_documented(part):
     page = (ROOT / "docs" / "recipes.md").read_text()
     for name in part.model_fields:
         assert f"`{name}`" in page, f"docs/recipes.md does not speak of `{name}`"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [VisionRecipe, VisionStructure, VisionTraining, VisionEvaluation],
+    ids=lambda p: p.__name__,
+)
+def test_every_key_of_a_vision_recipe_is_documented(part):
+    page = (ROOT / "docs" / "vision.md").read_text()
+    for name in part.model_fields:
+        assert f"`{name}`" in page, f"docs/vision.md does not speak of `{name}`"
 
 
 def test_the_example_method_is_short_and_announced_rightly():

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from secateur.cli import main
-from secateur.recipe import Recipe
+from secateur.recipe import Recipe, read_recipe
+from secateur.recipe_vision import VisionRecipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -21,6 +22,14 @@ def test_recipe_is_valid_and_documented(path):
     command = re.search(r"^#   secateur run (\S+) --out \S+", path.read_text(), re.M)
     assert command, "a recipe says how it is run"
     assert command[1] == f"recipes/{path.name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "vision").glob("*.yaml")), ids=str)
+def test_vision_recipe_is_valid_and_documented(path):
+    recipe = VisionRecipe.build(read_recipe(path))
+    assert VisionRecipe.build(recipe.model_dump()) == recipe
+    assert f"recipes/vision/{path.name}" in (ROOT / "docs" / "recipes.md").read_text()
+    assert f"#   secateur run recipes/vision/{path.name} --out" in path.read_text()
 
 
 def test_there_are_recipes():

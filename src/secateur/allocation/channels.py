@@ -41,6 +41,16 @@ class Budget:
         return min(width, group.n_units)
 
 
+def check_reachable(groups: ChannelGroups, budget: Budget) -> None:
+    """Refuse a budget that even the narrowest network exceeds.
+
+    Raises:
+        UsageError: saying what can be reached.
+    """
+    narrowest = {g.key: budget.allowed(g, budget.at_least) for g in groups.prunable}
+    _limit(budget.cost(groups), budget, narrowest, groups)
+
+
 def uniform_widths(groups: ChannelGroups, budget: Budget) -> dict[str, int]:
     """The same share of every group that can lose any; the most that still fits the budget.
 
@@ -55,7 +65,15 @@ def uniform_widths(groups: ChannelGroups, budget: Budget) -> dict[str, int]:
     steps = sorted({k / g.n_units for g in chosen for k in range(g.n_units + 1)})
     limit = _limit(cost, budget, at(1.0), groups)
     # Shares between two steps round to the same widths, so a search over the steps is exact.
-    return at(steps[_first(lambda n: cost(at(steps[n])) <= limit, len(steps))])
+    found = _first(lambda n: cost(at(steps[n])) <= limit, len(steps))
+    narrow, wide = at(steps[found]), at(steps[max(0, found - 1)])
+    # Of the groups that lose another unit in that step, only so many do as are needed.
+    last = [key for key in narrow if narrow[key] != wide[key]]
+
+    def with_first(count: int) -> dict[str, int]:
+        return wide | {key: narrow[key] for key in last[:count]}
+
+    return with_first(_first(lambda n: cost(with_first(n)) <= limit, len(last) + 1))
 
 
 def ranked_widths(

@@ -159,6 +159,21 @@ def given(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None and value != []}
 
 
+def refuse_for_text(**values: Any) -> None:
+    """Options of vision networks that were given with a language model.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name, value in given(**values).items():
+        raise UsageError(
+            "is for vision networks",
+            field=name,
+            value=value,
+            fix="--images SPEC with a vision network, or leave it out",
+        )
+
+
 def command_line() -> str:
     """This command as it can be typed again."""
     return "secateur " + shlex.join(sys.argv[1:])

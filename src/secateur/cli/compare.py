@@ -9,6 +9,8 @@ The evidence is gathered once, on the dense model; then each method is minutes o
   secateur compare tiny --methods wanda,wanda+exact,sparsegpt,sparsegpt+best -s 0.5 -o table
 
   secateur compare tiny --methods wanda,wanda@owl,wanda@als,wanda@incremental -s 0.6,0.7 -o table
+
+  secateur compare mobilenet --images digits --pretrain epochs=8 -s 30%,50% -R epochs=3 -o vision-table
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ def command(
     methods: Annotated[
         str,
         typer.Option(
-            "--methods", "-m", help="comma-separated; also METHOD+UPDATE and METHOD@ALLOCATOR"
+            "--methods",
+            "-m",
+            help="comma-separated; also METHOD+UPDATE and METHOD@ALLOCATOR; by default magnitude, "
+            "wanda, sparsegpt (vision: channel-l1, channel-l2, channel-fpgm)",
         ),
-    ] = "magnitude,wanda,sparsegpt",
+    ] = "",
     sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="comma-separated")] = "0.5",
     allocation: common.Allocation = None,
     allocation_option: common.AllocationOptions = None,
@@ -44,11 +49,50 @@ def command(
     propagate: Annotated[
         str, typer.Option(help="dense: one calibration for all; pruned: a calibration each")
     ] = "dense",
+    images: Annotated[
+        str | None, typer.Option(help="for a vision network: digits, fashion-mnist or a folder")
+    ] = None,
+    pretrain: Annotated[
+        list[str] | None, typer.Option(help="train the dense vision network first: NAME=VALUE")
+    ] = None,
+    recover_setting: common.RecoverSettings = None,
+    structure: Annotated[
+        list[str] | None, typer.Option("--structure", "-S", help="of a vision network: NAME=VALUE")
+    ] = None,
+    model_option: Annotated[
+        list[str] | None, typer.Option(help="of a vision network: NAME=VALUE")
+    ] = None,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="measure no speed (vision)")] = False,
     device: common.Device = None,
     dtype: common.Dtype = None,
     as_json: common.Json = False,
 ) -> None:
     """What the command does; its help is the module's docstring."""
+    names = [m.strip() for m in methods.split(",") if m.strip()]
+    targets = [s.strip() for s in sparsity.split(",") if s.strip()]
+    if images is not None:
+        from secateur.cli import vision
+
+        wanted = vision.recipe_of(
+            model=model,
+            images=images,
+            target=None,
+            method=None,
+            options=None,
+            structure=structure,
+            model_option=model_option,
+            pretrain=pretrain,
+            recover=recover_setting,
+            eval_images=None,
+            no_eval=False,
+            no_speed=no_speed,
+            seed=seed,
+            device=device,
+            refused={"allocation": allocation, "calibration": calibration, "eval_text": eval_text},
+        )
+        vision.compare(wanted, names or list(vision.BASELINES), targets, out, as_json)
+        return
+    common.refuse_for_text(pretrain=pretrain, model_option=model_option, structure=structure)
     from secateur.recipe import Recipe
     from secateur.run.compare import compare
 
@@ -69,8 +113,8 @@ def command(
     )
     record = compare(
         recipe,
-        [m.strip() for m in methods.split(",") if m.strip()],
-        [s.strip() for s in sparsity.split(",") if s.strip()],
+        names or ["magnitude", "wanda", "sparsegpt"],
+        targets,
         out,
         progress=common.progress(as_json),
         command=common.command_line(),
@@ -83,11 +127,11 @@ def command(
 
     table = Table(box=None, header_style="bold")
     table.add_column("method")
-    targets = record["targets"]
-    for target in targets:
+    shown = record["targets"]
+    for target in shown:
         table.add_column(target, justify="right")
     for method in record["methods"]:
-        cells = [f"{record['perplexity'][method][t]:.2f}" for t in targets]
+        cells = [f"{record['perplexity'][method][t]:.2f}" for t in shown]
         table.add_row(method, *cells)
     Console().print(table)
     common.say(f"dense {record['dense']:.2f}; protocol {record['protocol']['digest']}")

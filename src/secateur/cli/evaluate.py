@@ -7,6 +7,8 @@
   secateur eval out --dense demo --text wikitext-2 --length 1024 --windows 8
 
   secateur eval out --task piqa --limit 200
+
+  secateur eval digits-50 --images digits          # a vision run's network: accuracy
 """
 
 from __future__ import annotations
@@ -33,11 +35,29 @@ def command(
     task: Annotated[str | None, typer.Option(help="multiple choice instead: piqa or blimp")] = None,
     limit: Annotated[int | None, typer.Option(help="only so many questions")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="also tokens/s, against --dense")] = False,
+    images: Annotated[
+        str | None, typer.Option(help="of a vision network: digits, fashion-mnist or a folder")
+    ] = None,
     device: common.Device = None,
     dtype: common.Dtype = None,
     as_json: common.Json = False,
 ) -> None:
     """What the command does; its help is the module's docstring."""
+    if images is not None:
+        from secateur.cli.vision import show_accuracy
+        from secateur.run.vision_commands import evaluate_vision
+
+        found = evaluate_vision(
+            model,
+            images,
+            dense=dense,
+            limit=limit,
+            speed=speed,
+            device=device or "auto",
+            progress=common.progress(as_json),
+        )
+        show_accuracy(found, as_json)
+        return
     from secateur.run.evaluate import evaluate_model
 
     record = evaluate_model(

@@ -1,5 +1,7 @@
 """Export a run's model: bitmask container, GGUF, ONNX or 2:4, re-opened and compared.
 
+Vision networks: [cyan]onnx[/cyan] or [cyan]state-dict[/cyan].
+
 [bold]Examples[/bold]
 
   secateur export out --format bitmask --dtype bfloat16 --out out-bitmask
@@ -26,7 +28,7 @@ NAME = "export"
 def command(
     folder: Annotated[Path, typer.Argument(help="a run's folder")],
     format: Annotated[
-        str, typer.Option("--format", "-f", help="bitmask, gguf, onnx or 2:4")
+        str, typer.Option("--format", "-f", help="bitmask, gguf, onnx, 2:4, state-dict")
     ] = "bitmask",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="file or folder to write")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32")] = None,

@@ -19,7 +19,6 @@ def methods_command(as_json: common.Json = False) -> None:
     from dataclasses import fields
 
     from secateur.methods import methods
-    from secateur.methods.structured_base import StructuredMethod
 
     rows: list[dict[str, Any]] = []
     for name in methods:
@@ -29,7 +28,7 @@ def methods_command(as_json: common.Json = False) -> None:
                 "name": name,
                 "summary": kind.summary,
                 "needs": sorted(kind().requirements()),
-                "scope": "units" if issubclass(kind, StructuredMethod) else str(kind.scope),
+                "scope": _scope(kind),
                 "update": kind.update,
                 "options": {f.name: f.default for f in fields(kind)},
                 "paper": kind.paper,
@@ -55,6 +54,16 @@ def methods_command(as_json: common.Json = False) -> None:
             options,
         )
     Console().print(table)
+
+
+def _scope(kind: Any) -> str:
+    """Within what a method's choices compete, in one word."""
+    from secateur.methods.structured_base import StructuredMethod
+    from secateur.methods.vision_base import VisionMethod
+
+    if issubclass(kind, VisionMethod):
+        return "channels"
+    return "units" if issubclass(kind, StructuredMethod) else str(kind.scope)
 
 
 def allocators_command(as_json: common.Json = False) -> None:

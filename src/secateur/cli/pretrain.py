@@ -7,7 +7,7 @@ or Ctrl-C goes on with the same losses.
 
 [bold]Examples[/bold]
 
-  secateur pretrain demo --keep-params 0.5 --tokens 200k --out demo-half
+  secateur pretrain demo --keep-params 0.5 --tokens 100k --out demo-half
 
   secateur pretrain HuggingFaceTB/SmolLM2-360M --keep-params 134M --tokens 500M --text corpus.jsonl -o out
 

@@ -1,6 +1,7 @@
-"""Prune a language model, measure it, and write a report.
+"""Prune a language model or, with --images, a vision network; measure it, and write a report.
 
-The folder afterwards loads with [cyan]AutoModelForCausalLM.from_pretrained(DIR)[/cyan].
+The folder afterwards loads with [cyan]AutoModelForCausalLM.from_pretrained(DIR)[/cyan], a vision
+network with [cyan]secateur.load_vision(DIR)[/cyan].
 Run the same command again after a crash or Ctrl-C: it goes on where it stopped.
 
 [bold]Examples[/bold]
@@ -14,6 +15,8 @@ Run the same command again after a crash or Ctrl-C: it goes on where it stopped.
   secateur prune demo --method unit-magnitude -s 0.25 -S kinds=[ffn] -S round_to=8 -o demo-ffn
 
   secateur prune ./llama-70b --quality best --sparsity 0.6 --stream --out llama-60
+
+  secateur prune mobilenet --images digits --pretrain epochs=8 --target 50% -R epochs=3 -o digits-50
 """
 
 from __future__ import annotations
@@ -68,6 +71,21 @@ def command(
         list[str] | None,
         typer.Option("--structure", "-S", help="what whole units go: NAME=VALUE, e.g. kinds=[ffn]"),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(help="for a vision network: digits, fashion-mnist or a folder"),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="of a vision network: the share that goes, 50%")
+    ] = None,
+    model_option: Annotated[
+        list[str] | None, typer.Option(help="of a vision network: NAME=VALUE, e.g. width=16")
+    ] = None,
+    pretrain: Annotated[
+        list[str] | None,
+        typer.Option(help="train the dense vision network first: NAME=VALUE, e.g. epochs=5"),
+    ] = None,
+    eval_images: Annotated[str | None, typer.Option(help="images to measure on")] = None,
     device: common.Device = None,
     dtype: common.Dtype = None,
     stream: common.Stream = False,
@@ -79,6 +97,48 @@ def command(
     as_json: common.Json = False,
 ) -> None:
     """What the command does; its help is the module's docstring."""
+    from secateur.cli import vision
+    from secateur.models.vision.names import is_vision
+
+    if images is not None or is_vision(model):
+        wanted = vision.recipe_of(
+            model=model,
+            images=images,
+            target=target or sparsity,
+            method=method,
+            options=option,
+            structure=structure,
+            model_option=model_option,
+            pretrain=pretrain,
+            recover=recover_setting,
+            eval_images=eval_images,
+            no_eval=no_eval,
+            no_speed=no_speed,
+            seed=seed,
+            device=device,
+            refused={
+                "pattern": pattern,
+                "quality": quality,
+                "update": update,
+                "scope": scope,
+                "allocation": allocation,
+                "calibration": calibration,
+                "recover": recover,
+                "train": train,
+                "eval_text": eval_text,
+                "propagate": propagate,
+                "granularity": granularity,
+                "reconstruct": reconstruct,
+                "include": include,
+                "exclude": exclude,
+                "blocks": blocks,
+                "stream": stream,
+                "evidence": evidence,
+            },
+        )
+        vision.run(wanted, out, fresh, as_json)
+        return
+    common.refuse_for_text(target=target, model_option=model_option, pretrain=pretrain)
     from secateur.recipe import Recipe
     from secateur.run.runner import execute
 

@@ -27,11 +27,18 @@ def command(
     as_json: common.Json = False,
 ) -> None:
     """What the command does; its help is the module's docstring."""
-    from secateur.recipe import Recipe
+    from secateur.recipe import Recipe, read_recipe
+    from secateur.recipe_vision import VisionRecipe
     from secateur.run.runner import execute
 
+    values = read_recipe(recipe)
+    if "images" in values:
+        from secateur.cli import vision
+
+        vision.run(VisionRecipe.build(values), out, fresh, as_json)
+        return
     result = execute(
-        Recipe.load(recipe),
+        Recipe.build(values),
         out=out,
         fresh=fresh,
         progress=common.progress(as_json),

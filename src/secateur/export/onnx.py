@@ -88,7 +88,7 @@ def export_onnx(folder: Path | str, out: Path | str, progress: Progress = SILENT
         UsageError: ``out`` is a folder. SecateurError: torch cannot export this model.
         VerificationError: onnxruntime computes other logits.
     """
-    runtime = _packages()
+    runtime = packages()
     out = Path(out)
     if out.is_dir():
         raise UsageError("a folder is in the way", field="out", value=str(out), fix="name a file")
@@ -112,7 +112,8 @@ def export_onnx(folder: Path | str, out: Path | str, progress: Progress = SILENT
     return {"file": str(out), "bytes": size, **record, "verified": True}
 
 
-def _packages() -> Any:
+def packages() -> Any:
+    """onnxruntime, once all that writing and checking ONNX needs is there."""
     for name in ("onnx", "onnxscript"):
         try:
             __import__(name)

@@ -14,7 +14,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from secateur.allocation.channels import Budget, lowest_units, ranked_widths, uniform_widths
+from secateur.allocation.channels import (
+    check_reachable,
+    lowest_units,
+    ranked_widths,
+    uniform_widths,
+)
 from secateur.methods.vision_base import VisionJob, VisionMethod, VisionOutcome
 from secateur.models.channel_graph import ChannelGroup
 from secateur.models.channel_surgery import shrink_channels
@@ -56,16 +61,19 @@ class _Ranked(VisionMethod):
         """Importance of the group's units, (n_units,), higher = keep."""
         raise NotImplementedError
 
+    def check_job(self, job: VisionJob) -> None:
+        """See ``VisionMethod``."""
+        check_reachable(job.groups, job.budget)
+
     def prune(self, job: VisionJob) -> VisionOutcome:
         """See ``VisionMethod``."""
         scores = {g.key: self.score(job, g) for g in job.groups.prunable}
-        budget = Budget(job.target.kind, job.target.share, job.at_least, job.round_to)
         if job.ranking == "global":
             # By each group's mean: filters of one layer are larger than another's for no reason.
             even = {k: s / s.mean().clamp(min=1e-12) for k, s in scores.items()}
-            widths = ranked_widths(job.groups, budget, even)
+            widths = ranked_widths(job.groups, job.budget, even)
         else:
-            widths = uniform_widths(job.groups, budget)
+            widths = uniform_widths(job.groups, job.budget)
         gone = lowest_units(scores, widths)
         layers = [
             {

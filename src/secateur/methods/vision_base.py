@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from secateur.allocation.channels import Budget
 from secateur.data.images import ImageSet
 from secateur.masks.structured import StructuredMask
 from secateur.methods.base import Described
@@ -77,6 +78,11 @@ class VisionJob:
         """Where the model is."""
         return next(iter(self.model.parameters())).device
 
+    @property
+    def budget(self) -> Budget:
+        """The target as widths are counted against it."""
+        return Budget(self.target.kind, self.target.share, self.at_least, self.round_to)
+
 
 @dataclass(eq=False)
 class VisionOutcome:
@@ -109,6 +115,9 @@ class VisionMethod(Described):
 
     def check(self, recipe: Any) -> None:
         """Refuse a recipe (``VisionRecipe``) that cannot work, before anything is loaded."""
+
+    def check_job(self, job: VisionJob) -> None:
+        """Refuse what this network cannot give, before anything is trained."""
 
     def prune(self, job: VisionJob) -> VisionOutcome:
         """Make ``job.model`` smaller, in place."""

@@ -10,11 +10,11 @@ from secateur.errors import SecateurError, UsageError
 from secateur.models.checks import check_weights, fingerprint
 from secateur.models.loading import (
     Loaded,
-    _device,
     _first_line,
     _require_transformers,
     _tensors,
     _tokenizer,
+    device_of,
 )
 from secateur.models.sources import resolve
 from secateur.models.state import quiet
@@ -36,7 +36,7 @@ def load_transformer(spec: str, *, device: str = "auto", progress: Progress = SI
     _require_transformers()
     import transformers
 
-    where = _device(device)
+    where = device_of(device)
     source = resolve(spec, progress=progress)
     _tensors(source)
     with quiet(), progress.stage(f"loading {source.name}"):

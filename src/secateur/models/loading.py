@@ -117,7 +117,7 @@ def load(
         SecateurError: damaged files. NumericsError: NaN or infinity in the weights.
     """
     _require_transformers()
-    where = _device(device)
+    where = device_of(device)
     source = resolve(spec, code=trust_remote_code, progress=progress)
     tensors = _tensors(source)
     config = _config(source, trust_remote_code)
@@ -179,7 +179,8 @@ def _require_transformers() -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that is here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

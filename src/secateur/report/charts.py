@@ -213,6 +213,56 @@ def bar_chart(
     return canvas.markup()
 
 
+@dataclass(frozen=True)
+class Column:
+    """A layer: what it had and what it has, on one scale; ``fixed`` ones could lose nothing."""
+
+    label: str
+    before: float
+    after: float
+    words: str = ""
+    fixed: bool = False
+
+
+def column_chart(
+    columns: Sequence[Column],
+    *,
+    title: str,
+    y_label: str,
+    width: float = WIDE,
+    height: float = 240,
+    y_text: Callable[[float], str] = lambda y: f"{y:g}",
+    description: str = "",
+) -> Markup:
+    """Upright bars in order, pale for what was there and full for what is left."""
+    canvas = _Canvas(title, width, height, description)
+    peak = max([c.before for c in columns] + [c.after for c in columns] + [1e-12])
+    marks = ticks(0, peak, max(3, int(height // 60)))
+    left = 14 + 7.2 * max(len(y_text(t)) for t in marks)
+    top, bottom = 30.0, height - 30.0
+    pitch = min(64.0, (width - left - 4) / max(1, len(columns)))
+    canvas.text(4, top - 14, y_label, "label")
+    for tick in marks:
+        y = bottom - tick / peak * (bottom - top)
+        canvas.line(left, y, width - 4, y, "grid")
+        canvas.text(left - 8, y + 4, y_text(tick), "tick", "end")
+    wide = max(1.0, pitch - (3 if pitch > 8 else 1))
+    for i, column in enumerate(columns):
+        x = left + i * pitch
+        for value, opacity in ((column.before, 0.25), (column.after, 1.0)):
+            tall = value / peak * (bottom - top)
+            canvas.add(
+                f'<rect x="{x:.1f}" y="{bottom - tall:.1f}" width="{wide:.1f}" height="{tall:.1f}" '
+                f'fill-opacity="{opacity}" class="c-bar tone-{5 if column.fixed else 0}">'
+                f"<title>{escape(column.words or column.label)}</title></rect>"
+            )
+    canvas.line(left, bottom, width - 4, bottom, "axis")
+    every = max(1, math.ceil(26 / pitch))
+    for i in range(0, len(columns), every):
+        canvas.text(left + i * pitch + wide / 2, bottom + 16, str(i + 1), "tick", "middle")
+    return canvas.markup()
+
+
 def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],

@@ -39,6 +39,10 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
     Returns:
         ``html``, ``markdown`` and ``json`` paths.
     """
+    if result.get("kind") == "vision":
+        from secateur.report.vision import write_vision_report
+
+        return write_vision_report(result, folder)
     result = _PARTS | finite(result)
     context = {
         "result": result,

@@ -9,6 +9,7 @@ import torch
 
 from secateur.errors import UsageError
 from secateur.models.loading import DTYPES
+from secateur.models.vision.loading import MANIFEST
 from secateur.progress import SILENT, Progress
 
 FORMATS = ("bitmask", "gguf", "2:4", "onnx")
@@ -22,11 +23,16 @@ def export(
     dtype: str | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Export ``folder`` as ``bitmask``, ``gguf``, ``2:4`` or ``onnx``.
+    """Export ``folder`` as ``bitmask``, ``gguf``, ``2:4`` or ``onnx``; vision runs as
+    ``onnx`` or ``state-dict``.
 
     Returns:
         The exporter's record, with ``lines`` for a person.
     """
+    if (folder / MANIFEST).is_file():
+        from secateur.run.vision_commands import export_vision
+
+        return export_vision(folder, kind, out, progress)
     if kind not in FORMATS:
         raise UsageError("unknown format", field="format", value=kind, fix=", ".join(FORMATS))
     if kind == "2:4":

@@ -35,6 +35,7 @@ from torch import Tensor
 from secateur.errors import SecateurError, UsageError
 from secateur.files import told_plainly, write_json, write_text
 from secateur.recipe import Recipe
+from secateur.recipe_vision import VisionRecipe
 from secateur.tensorfile import save_tensors
 
 _BEFORE_WORK = {"lock", "run.json", "recipe.yaml", "events.jsonl"}
@@ -208,7 +209,7 @@ class RunFolder:
         except ValueError:
             return None
 
-    def save_recipe(self, recipe: Recipe) -> None:
+    def save_recipe(self, recipe: Recipe | VisionRecipe) -> None:
         """The resolved recipe, for people."""
         if self.rank == 0:
             write_text(self.inner / "recipe.yaml", recipe.yaml())

@@ -12,21 +12,24 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from secateur import __version__
 from secateur.data.batches import Batch, Data
-from secateur.data.windows import Windows, evaluation_windows, training_windows
+from secateur.data.stream import open_stream
+from secateur.data.texts import Text
+from secateur.data.windows import Windows, evaluation_windows
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import perplexity
 from secateur.export.huggingface import reference_logits
 from secateur.export.loading import load_pruned
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import Loaded, load
-from secateur.models.saving import block_state, cast, outside_state
+from secateur.models.saving import block_state, outside_state
+from secateur.models.saving import cast as cast_state
 from secateur.models.shards import INDEX, write_index, write_shard
 from secateur.models.state import evaluating, quiet
 from secateur.models.structured_saving import Form, form_of, save_words
@@ -108,7 +111,9 @@ def pretrain_model(
             if found is not None:
                 return found
             folder.event("started", model=loaded.name, budget=hook.options.budget)
-        data = _data(spec, loaded, length, settings, text, folder if ranks.leads else None)
+        data = _data(
+            spec, loaded, length, settings, text, folder if ranks.leads else None, progress
+        )
         before = _before(model, windows, folder, ranks, spec, length, progress)
         teacher = deepcopy(model) if spec.distil else None
         loss: Loss = next_token_loss
@@ -303,21 +308,34 @@ def _data(
     settings: TrainSettings,
     text: Any,
     folder: RunFolder | None,
+    progress: Progress,
 ) -> Data:
     """The text as a source of windows; one given in memory as it is."""
     source = spec.text if text is None else text
     if isinstance(source, Windows):
         return source
-    if not isinstance(source, str | Path | list | tuple) and hasattr(source, "order"):
-        return source
-    return training_windows(
-        source[0] if isinstance(source, list) and len(source) == 1 else source,
-        loaded.tokenizer,
-        tokens=(settings.steps + 1) * settings.batch * length,
-        length=length,
-        seed=spec.seed,
-        vocabulary=loaded.vocabulary,
-    )
+    if hasattr(source, "order"):
+        return cast(Data, source)
+    if text is not None:
+        source = Text.of([str(document) for document in text], "documents")
+    index = None if folder is None else folder.inner / "stream.jsonl"
+    known = index is not None and index.exists()
+    try:
+        return open_stream(
+            source,
+            loaded.tokenizer,
+            length,
+            tokens=settings.steps * settings.batch * length,
+            epochs=spec.epochs,
+            seed=spec.seed,
+            vocabulary=loaded.vocabulary,
+            index=index,
+            progress=progress,
+        )
+    except UsageError:
+        if index is not None and not known:
+            index.unlink(missing_ok=True)  # a request that was refused leaves no trace
+        raise
 
 
 def _windows(evaluation: Evaluation | None, loaded: Loaded) -> Windows | None:
@@ -439,7 +457,7 @@ def _saved(
     places: dict[str, str] = {}
     size = 0
     for name, state in parts.items():
-        state = cast(state, loaded.stored)
+        state = cast_state(state, loaded.stored)
         write_shard(path / name, state)
         places |= dict.fromkeys(state, name)
         size += sum(t.nbytes for t in state.values())

@@ -82,6 +82,10 @@ def verify_run(
         UsageError: not a finished run.
     """
     report = read_result(folder)
+    if report.get("kind") == "vision":
+        from secateur.run.vision_commands import verify_vision
+
+        return verify_vision(folder, report, load_model=load_model, progress=progress)
     if report.get("structure"):
         from secateur.run.structured_verify import verify_structured
 

@@ -37,16 +37,14 @@ def removal_coefficients(
     damping: float = 0.01,
     solver: Solver = "auto",
     name: str = "weight",
-    count: int | None = None,
 ) -> Tensor:
     """A (|gone|, |kept|), so that ``W[:, kept] += W[:, gone] @ A`` compensates best.
 
     Args:
-        x: (n, c) inputs of the layer; rows of zeros count nothing.
+        x: (n, c) inputs of the layer; rows of zeros change nothing.
         kept, gone: column numbers.
         damping: of H, relative to its mean diagonal.
         name: the layer, for messages.
-        count: inputs behind ``x``, if some rows are mere padding.
 
     Raises:
         UsageError: no inputs. NumericsError: NaN or infinity in them.
@@ -57,7 +55,7 @@ def removal_coefficients(
     """
     if not len(x):
         raise UsageError(f"no inputs of '{name}' were seen", field="hessian_tokens", value=0)
-    n, k, p = count or len(x), len(kept), len(gone)
+    n, k, p = len(x), len(kept), len(gone)
     x_k, x_p = x[:, kept], x[:, gone]
     diagonal = (x_k.square().sum() + x_p.square().sum()) / (n * (k + p))
     if not torch.isfinite(diagonal):
@@ -80,6 +78,37 @@ def removal_coefficients(
     lower = _factor(gram, name)
     cross = (x_k.T @ x_p).to(lower.dtype) / n
     return torch.cholesky_solve(cross, lower).T.to(x.dtype)
+
+
+@torch.no_grad()
+def proven_coefficients(
+    x: Tensor,
+    kept: Tensor,
+    gone: Tensor,
+    damping: float = 0.01,
+    solver: Solver = "auto",
+    name: str = "weight",
+) -> Tensor:
+    """``removal_coefficients``, each column's scaled by what held up on inputs it was not fitted to.
+
+    With few inputs for many columns the fit follows noise and may do more harm than none. So it is
+    made on every other input, and its predictions of what goes are regressed on the rest: the
+    slope, within [0, 1], scales the coefficients that all inputs give.
+
+    >>> x = torch.randn(400, 40, generator=torch.Generator().manual_seed(0))
+    >>> kept, gone = torch.arange(1, 40), torch.tensor([0])
+    >>> noise = removal_coefficients(x[:50], kept, gone).norm()
+    >>> bool(proven_coefficients(x[:50], kept, gone).norm() < 0.5 * noise)
+    True
+    """
+    whole = removal_coefficients(x, kept, gone, damping, solver, name)
+    if len(x) < 2:
+        return torch.zeros_like(whole)
+    half = removal_coefficients(x[::2], kept, gone, damping, solver, name)
+    predicted = x[1::2][:, kept] @ half.T
+    agreement = (predicted * x[1::2][:, gone]).sum(0)
+    size = predicted.square().sum(0).clamp_min(torch.finfo(x.dtype).tiny)
+    return whole * (agreement / size).clamp(0, 1).unsqueeze(1)
 
 
 def cheapest(tokens: int, kept: int, gone: int) -> Literal["cholesky", "kernel", "cg"]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur.models.discovery import is_conv1d
 from secateur.models.units import Group
-from secateur.solvers.column_removal import Solver, removal_coefficients
+from secateur.solvers.column_removal import Solver, proven_coefficients
 
 
 @dataclass
@@ -58,6 +58,8 @@ class Compensation:
     ) -> None:
         self.per_window = max(1, -(-tokens // windows))
         self.damping, self.solver = damping, solver
+        self.looking = False
+        """Inputs are sampled while this is set: a training step's, and not a validation's."""
         self.sites: dict[str, _Site] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for group in groups:
@@ -85,17 +87,17 @@ class Compensation:
 
     def _sampler(self, site: _Site) -> Any:
         def sample(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not self.looking:
+                return
             x = args[0].detach()
             if x.dim() == 2:
                 x = x.unsqueeze(0)
             length = x.shape[1]
             take = min(self.per_window, length)
             places = torch.arange(take, device=x.device) * length // take
-            site.seen.append(
-                x[:, places].reshape(-1, x.shape[-1]).float()
-                if x.dtype in (torch.bfloat16, torch.float16)
-                else x[:, places].reshape(-1, x.shape[-1]).clone()
-            )
+            chosen = x[:, places]
+            half = x.dtype in (torch.bfloat16, torch.float16)
+            site.seen.append(chosen.float() if half else chosen)
 
         return sample
 
@@ -114,12 +116,10 @@ class Compensation:
         """
         self.release()
         for site in self.sites.values():
-            x, count = _everyones(site, processes)
+            x = _everyones(site, processes)
             device = site.linears[0]._parameters["weight"].device  # type: ignore[union-attr]
             kept, gone = site.kept.to(device), site.gone.to(device)
-            change = removal_coefficients(
-                x, kept, gone, self.damping, self.solver, site.name, count
-            )
+            change = proven_coefficients(x, kept, gone, self.damping, self.solver, site.name)
             for linear in site.linears:
                 stored = linear._parameters["weight"]
                 assert stored is not None
@@ -128,22 +128,28 @@ class Compensation:
             site.seen = []
 
 
-def _everyones(site: _Site, processes: int) -> tuple[Tensor, int]:
-    """The inputs all processes sampled, padded with zeros to one size, and their true number."""
+def _everyones(site: _Site, processes: int) -> Tensor:
+    """(n, c) inputs that all processes sampled, in the order in which one process has them.
+
+    Processes with fewer windows are padded with zeros, which change nothing.
+    """
     weight = site.linears[0]._parameters["weight"]
     assert weight is not None
-    columns = len(site.kept) + len(site.gone)
     if site.seen:
         x = torch.cat(site.seen)
     else:
         width = weight.shape[0] if is_conv1d(site.linears[0]) else weight.shape[1]
-        x = torch.zeros(0, max(width, columns), device=weight.device)
+        kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        x = torch.zeros(0, 0, width, dtype=kind, device=weight.device)
     if processes == 1:
-        return x, len(x)
-    sizes = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(processes)]
-    torch.distributed.all_gather(sizes, torch.tensor(len(x), device=x.device))
-    most = max(int(s) for s in sizes)
-    padded = torch.cat([x, x.new_zeros(most - len(x), x.shape[1])])
+        return x.flatten(0, 1)
+    mine = torch.tensor(x.shape[:2], device=x.device)
+    sizes = [torch.zeros_like(mine) for _ in range(processes)]
+    torch.distributed.all_gather(sizes, mine)
+    windows, tokens = torch.stack(sizes).amax(0).tolist()
+    padded = x.new_zeros(windows, tokens, x.shape[2])
+    padded[: x.shape[0], : x.shape[1]] = x
     parts = [torch.empty_like(padded) for _ in range(processes)]
     torch.distributed.all_gather(parts, padded)
-    return torch.cat(parts), sum(int(s) for s in sizes)
+    # Windows are dealt out to processes in turn.
+    return torch.stack(parts, 1).flatten(0, 2)

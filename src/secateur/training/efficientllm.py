@@ -67,7 +67,7 @@ class PruneOptions:
     memory: float | None = 0.9
     second_order: bool = True
     damping: float = 0.01
-    hessian_tokens: int = 1024
+    hessian_tokens: int = 2048
     solver: Solver = "auto"
     compact_every: int = 1
     context: int = 512
@@ -130,7 +130,7 @@ class PruningAware(Hook):
         self._started: tuple[int, float] | None = None
         self._ledger: UnitLedger | None = None
         self._model: nn.Module | None = None
-        self._restored = False
+        self._planned = False
 
     # -- the model as it is --------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class PruningAware(Hook):
             )
         if self._model is None:
             self.prepare(at.model)
-        if self._restored:
+        if self._planned:
             self._prepare_cut(at)
         else:
             self._new_span(at.step)
@@ -182,9 +182,13 @@ class PruningAware(Hook):
         """See ``Hook``."""
         if self._started is None or self._started[0] != at.step:
             self._started = (at.step, time.perf_counter())
+        if self._compensation is not None:
+            self._compensation.looking = True
 
     def after_backward(self, at: Training) -> None:
         """See ``Hook``: the step's gradients, summed over processes, not yet clipped."""
+        if self._compensation is not None:
+            self._compensation.looking = False
         if self._waiting:
             silence_gradients(at.model, self._groups, self._gone)
         if self.settled:
@@ -228,7 +232,7 @@ class PruningAware(Hook):
 
     def _plan(self, at: Training) -> None:
         """Choose what goes after the step that comes, so that its forward can be looked at."""
-        self._next, self._compensation = [], None
+        self._next, self._compensation, self._planned = [], None, True
         step, schedule, budget = at.step + 1, self.options.schedule, self.options.budget
         if self.settled or not schedule.due(step):
             return
@@ -342,8 +346,10 @@ class PruningAware(Hook):
 
     def state(self) -> dict[str, Tensor]:
         """See ``Hook``: the shape manifest, what is masked, what is planned, the accumulators."""
-        assert self._model is not None
+        if self._model is None:  # before the first step: there is nothing to keep
+            return {}
         record = {
+            "planned": self._planned,
             "events": self.events,
             "spans": self.spans,
             "seconds": self.seconds,
@@ -370,7 +376,7 @@ class PruningAware(Hook):
         """See ``Hook``: the surgery done so far, on the model as it was at the start."""
         if not state:
             return
-        self._model, self._restored = at.model, True
+        self._model = at.model
         parts: dict[str, dict[str, Tensor]] = {"cut": {}, "masked": {}, "saliency": {}, "eps": {}}
         for full, tensor in state.items():
             kind, _, name = full.partition("/")
@@ -386,6 +392,7 @@ class PruningAware(Hook):
         for name in ("events", "spans", "seconds", "initial", "keys", "settled"):
             setattr(self, name, record[name])
         self._waiting, self._spent = record["waiting"], record["spent"]
+        self._planned = record["planned"]
         self._next = [Choice(**choice) for choice in record["next"]]
         self.sums.weight = record["weight"]
         for group in self._groups:

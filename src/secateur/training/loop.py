@@ -330,6 +330,8 @@ class _Run:
                 (self.folder / name).unlink(missing_ok=True)
         self.at.accelerator.wait_for_everyone()
         found = checkpoint.load(self.folder)
+        # Nobody writes the first checkpoint before everybody has looked for one.
+        self.at.accelerator.wait_for_everyone()
         if found is None:
             self.save()
             return

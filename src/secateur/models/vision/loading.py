@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,13 @@ from secateur.masks.structured import StructuredMask, remember
 from secateur.models.channel_graph import channel_groups
 from secateur.models.channel_surgery import shrink_channels
 from secateur.models.checks import fingerprint_model
+from secateur.models.vision.names import MANIFEST, ZOO, factory, is_vision
 from secateur.tensorfile import opened
 
-MANIFEST = "vision.json"
+__all__ = ["MANIFEST", "ZOO", "VisionModel", "fill", "is_vision", "load_vision"]
+
 WEIGHTS = "model.safetensors"
 FORMAT = 1
-ZOO: dict[str, str] = {
-    "resnet": "secateur.models.vision.resnet:ResNet",
-    "wrn": "secateur.models.vision.resnet:wrn",
-    "mobilenet": "secateur.models.vision.mobilenet:MobileNet",
-    "vit": "secateur.models.vision.vit:ViT",
-    "swin": "secateur.models.vision.vit:Swin",
-    "efficientnet-lite0": "secateur.models.vision.efficientnet_lite:EfficientNetLite0",
-}
 _SIZED = ("vit", "swin")
 LITE0 = Preprocess((127.0,) * 3, (128.0,) * 3, 256, 224)
 """What EfficientNet-Lite0's weights were trained on."""
@@ -71,16 +63,6 @@ class VisionModel:
     def fingerprint(self) -> str:
         """A hash of its weights."""
         return fingerprint_model(self.model)
-
-
-def is_vision(spec: str) -> bool:
-    """Whether a model's name or folder says that it is a vision network."""
-    return (
-        spec in ZOO
-        or spec.startswith("timm:")
-        or (Path(spec) / MANIFEST).is_file()
-        or (":" in spec and _factory(spec) is not None)
-    )
 
 
 def load_vision(
@@ -147,26 +129,12 @@ def _no_options(options: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _factory(spec: str) -> Callable[..., Any] | None:
-    """The function ``package.module:name`` names, None if there is no such module."""
-    module, _, attribute = spec.partition(":")
-    if not all(part.isidentifier() for part in module.split(".")) or not attribute.isidentifier():
-        return None
-    try:
-        if importlib.util.find_spec(module) is None:
-            return None
-        found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError:
-        return None
-    return found if callable(found) else None
-
-
 def _built(source: Mapping[str, Any], seed: int = 0) -> nn.Module:
     """The network a record names, with random weights of ``seed``."""
     name, options = str(source["name"]), dict(source["options"])
     if source["kind"] == "timm":
         return _make_timm(name, options | {"pretrained": False})
-    make = _factory(ZOO[name] if source["kind"] == "zoo" else name)
+    make = factory(ZOO[name] if source["kind"] == "zoo" else name)
     if make is None:
         raise UsageError(
             "no such function can be imported",
@@ -298,7 +266,7 @@ def fill(model: nn.Module, folder: str | Path) -> nn.Module:
     remember(model, mask)
     with opened(folder / WEIGHTS) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _add_biases(model, state)
+    add_biases(model, state)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -308,7 +276,7 @@ def fill(model: nn.Module, folder: str | Path) -> nn.Module:
     return model.eval()
 
 
-def _add_biases(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def add_biases(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Biases that a saved network was given where the original has none."""
     for name in set(state) - set(model.state_dict()):
         owner, _, leaf = name.rpartition(".")
