@@ -61,6 +61,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "maskllm, kappa 1e5": {"kappa": (1e5, 1e5)},
     "maskllm, a quarter of the steps": {"steps": 0.25},
     "maskllm, a logit a weight": {"logits": "weights"},
+    "maskllm, five turns": {"turns": 5},
     "maskllm, momentum only": {"optimizer": "sgd", "lr": 1.0},
 }
 WINDOWS, LENGTH = 1024, 256
@@ -225,8 +226,13 @@ def held(name: str) -> dict[str, float]:
         grown = memory("VmHWM") - before
     return {
         "held": grown / weights,
-        "stated": bytes_per_weight(2, 4, Learning(**learning), settings.optimizer)
-        + (6 if settings.patience else 0),
+        "stated": bytes_per_weight(
+            2,
+            4,
+            Learning(**learning),
+            settings.optimizer,
+            keep_best=settings.patience is not None,
+        ),
     }
 
 
