@@ -34,7 +34,7 @@ from secateur.training.prune_schedule import PruneSchedule
 from secateur.training.settings import TrainSettings
 from secateur.training.unit_choice import Rules
 
-STEPS, BATCH, LENGTH = 300, 8, 128
+STEPS, BATCH, LENGTH = 150, 8, 128
 SHARES = (0.3, 0.5, 0.6)
 SEEDS = (0, 1, 2)
 FROM, UNTIL = 0.02, 0.3
@@ -49,7 +49,7 @@ ARMS = {
     "LLM-Pruner, then trained": {},
     "found shape from scratch": {},
 }
-ONLY_AT_HALF = ("the same, raw saliency",)
+ONLY_AT_HALF = ("the same, raw saliency", "the same at once, first order only")
 RATES = {"inherits": (1e-3, 3e-3, 1e-2), "scratch": (3e-3, 1e-2)}
 
 

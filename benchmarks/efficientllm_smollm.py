@@ -22,8 +22,8 @@ from typing import Any
 
 from benchmarks.common import RESULTS, arguments, finish
 
-KEEP, TOKENS, BATCH, LENGTH = 0.7, 61_440, 4, 128
-KILL, EVERY = 37, 25
+KEEP, TOKENS, BATCH, LENGTH = 0.7, 15_360, 2, 128
+KILL, EVERY = 17, 10
 LIMIT = 3600.0
 
 
@@ -33,7 +33,7 @@ def command(model: str, folder: Path) -> list[str]:
         "prune_from": 0.05,
         "prune_until": 0.4,
         "checkpoint_every": EVERY,
-        "validate_every": 60,
+        "validate_every": 30,
     }
     pairs = [w for k, v in settings.items() for w in ("-R", f"{k}={v}")]
     return [

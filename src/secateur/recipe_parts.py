@@ -46,6 +46,10 @@ class Pretraining(Part):
     text: str | list[str] = Field(
         "pydoc", description="files, named corpora or hf:DATASET to train on"
     )
+    field: str = Field("text", description="where JSON lines, Parquet and data sets have it")
+    separator: str | None = Field(
+        None, description="text between documents; null: the tokenizer's EOS token"
+    )
     epochs: int | None = Field(
         1, ge=1, description="times the text may be gone through; null: as often as needed"
     )

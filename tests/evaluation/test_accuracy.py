@@ -47,6 +47,8 @@ def test_accuracy_counts() -> None:
 def test_what_is_no_classifier_of_these_is_refused() -> None:
     with pytest.raises(UsageError, match="knows 4 classes, the images have 10"):
         accuracy(Shade(4), images())
+    with pytest.raises(UsageError, match="knows 12 classes, the images have 10"):
+        accuracy(Shade(12), images())
     with pytest.raises(UsageError, match="a classifier"):
         accuracy(nn.Conv2d(1, 3, 1), images())
     broken = Shade()
@@ -60,4 +62,4 @@ def test_two_networks_take_turns() -> None:
     record = compare_image_speed(dense, pruned, torch.zeros(2, 1, 32, 32), seconds=0.05)
     assert record["forward"]["ratio"]["low"] <= record["forward"]["ratio"]["high"]
     assert record["turns"] >= 3
-    assert "2 images" in record["verdict"]
+    assert "batches of 2" in record["verdict"]

@@ -18,7 +18,7 @@ from forest_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.errors import MissingExtra, NumericsError
+from secateur.errors import MissingExtra, NumericsError, SecateurError
 from secateur.forests import ForestInputError
 from secateur.forests.closure import ClosureProblem
 from secateur.forests.reduction import (
@@ -202,6 +202,13 @@ def test_push_relabel_sends_a_real_flow(
     assert (enters == leaves).all()
     to_keys = np.bincount(problem.key, weights=along, minlength=problem.n_keys)
     assert (to_keys == network.toll - toll).all()
+
+
+def test_problems_beyond_32_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    programme = state(*cancer_case())
+    monkeypatch.setattr(push_relabel, "MOST", 5)
+    with pytest.raises(SecateurError, match="can number"):
+        solve(programme.reduced, programme.price(0.003), "push_relabel")
 
 
 @pytest.mark.skipif(not find_spec("ortools"), reason="needs ortools")

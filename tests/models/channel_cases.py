@@ -162,6 +162,84 @@ class Written(nn.Module):
         return self.head((x + self.proj(y)).mean(1))
 
 
+class Einsum(nn.Module):
+    """Attention as sums over named dimensions, with separate projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.heads = nn.Conv2d(3, 16, 4, 4), 4
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.out, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        b, n = x.shape[:2]
+        q, k, v = (f(x).view(b, n, self.heads, -1) for f in (self.q, self.k, self.v))
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / 2
+        y = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+        return self.head((x + self.out(y.reshape(b, n, -1))).mean(1))
+
+
+class Mixer(nn.Module):
+    """Linear layers over positions and over channels in turn, a group norm of one group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 12, 4, 4), nn.LayerNorm(12)
+        self.tokens = nn.Sequential(nn.Linear(9, 5), nn.GELU(), nn.Linear(5, 9))
+        self.fc1, self.fc2, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2)
+        x = x + self.tokens(x)
+        x = x.transpose(1, 2)
+        x = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+class UNet(nn.Module):
+    """Down, up, and what was seen on the way down beside it; a pixel shuffle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(8, 5, 2, 2)
+        self.wide, self.c = nn.Conv2d(11, 16, 3, 2, 1), nn.Conv2d(4, 7, 1)
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.a(x))
+        x = torch.cat([self.up(F.elu(self.b(a))), a], 1)
+        return self.fc(self.c(F.pixel_shuffle(self.wide(x), 2)).mean((2, 3)))
+
+
+class TimmLike(nn.Module):
+    """A block as libraries carry it along: layers called qkv and proj, widths in the code."""
+
+    class Attention(nn.Module):
+        def __init__(self, twisted: bool) -> None:
+            super().__init__()
+            self.num_heads, self.scale, self.twisted = 4, 0.5, twisted
+            self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, c = x.shape
+            qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+            scores = scores.softmax(-1) + (0.1 if self.twisted else 0.0)
+            return self.proj((scores @ v).transpose(1, 2).reshape(b, n, c))
+
+    def __init__(self, twisted: bool = False) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.attn, self.head = self.Attention(twisted), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.attn(self.norm(x))).mean(1))
+
+
 CASES: dict[str, tuple[Any, int, int]] = {  # make, image channels, size
     "resnet": (lambda: ResNet(3, 5, 8, 2), 3, 12),
     "wrn": (lambda: wrn(3, 5, 8), 3, 12),
@@ -177,6 +255,9 @@ CASES: dict[str, tuple[Any, int, int]] = {  # make, image channels, size
     "shuffle": (Shuffle, 3, 8),
     "glu": (Gated, 3, 8),
     "convnext": (ConvNeXt, 3, 8),
+    "einsum": (Einsum, 3, 12),
+    "mixer": (Mixer, 3, 12),
+    "unet": (UNet, 3, 8),
     "torch": (Torch, 3, 12),
     "torch, sequence first": (lambda: Torch(False), 3, 12),
 }

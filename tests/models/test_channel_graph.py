@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_cases import CASES, Written, liven, network, some_gone
+from channel_cases import CASES, TimmLike, Written, liven, network, some_gone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -200,11 +200,57 @@ def test_code_with_widths_in_it_is_noticed() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["gated mobilenet", "swin", "torch", "few groups"])
+@pytest.mark.parametrize(
+    "name", ["gated mobilenet", "swin", "torch", "few groups", "einsum", "mixer", "unet"]
+)
 def test_what_can_be_cut_passes_the_trial(name: str) -> None:
     model, example = network(name)
     groups = channel_groups(model, example)
     assert check_groups(model, groups, example) is groups
+
+
+def test_an_equal_attention_stands_in_where_code_has_widths_in_it() -> None:
+    torch.manual_seed(0)
+    model, example = TimmLike().eval(), torch.zeros(1, 3, 12, 12)
+    groups = check_groups(model, channel_groups(model, example), example)
+    assert {g.key for g in groups.prunable} == {"patch", "attn.qkv"}
+    assert groups["attn.qkv"].rewritten == ("attn",)
+    gone = some_gone(groups)
+    masked, cut = deepcopy(model), deepcopy(model)
+    mask_channels(masked, groups, gone)
+    shrink_channels(cut, groups, gone)
+    x = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(cut(x), masked(x), rtol=1e-4, atol=1e-5)
+    again = channel_groups(cut, example)
+    assert again["attn.qkv"].n_units == 2
+    assert check_groups(cut, again, example) is again
+
+
+def test_an_attention_that_computes_something_else_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model, example = TimmLike(twisted=True).eval(), torch.zeros(1, 3, 12, 12)
+    groups = check_groups(model, channel_groups(model, example), example)
+    assert not groups.prunable
+
+
+def test_a_silent_branch_is_tried_too() -> None:
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = Written(), nn.Parameter(torch.full((5,), 1e-6))
+            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                beside = self.inner(x)
+            except RuntimeError:  # a cut that goes wrong, and that nothing loud would tell
+                beside = x.new_zeros(1, 5)
+            return self.fc(self.conv(x).mean((2, 3))) + self.scale * beside
+
+    torch.manual_seed(0)
+    model, example = Silent().eval(), torch.zeros(1, 3, 12, 12)
+    checked = check_groups(model, channel_groups(model, example), example)
+    assert [g.key for g in checked.prunable] == ["conv"]
 
 
 class Twice(nn.Module):

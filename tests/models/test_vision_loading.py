@@ -13,6 +13,7 @@ from torch import nn
 
 from secateur.errors import SecateurError, UsageError, VerificationError
 from secateur.masks.structured import structure_of
+from secateur.models.channel_check import check_groups
 from secateur.models.channel_graph import channel_groups
 from secateur.models.channel_surgery import shrink_channels
 from secateur.models.vision.loading import VisionModel, fill, is_vision, load_vision
@@ -95,6 +96,18 @@ def test_functions_make_networks(monkeypatch: Any) -> None:
         load_vision("test_vision_loading:no_net")
     with pytest.raises(UsageError, match="no such function"):
         load_vision("test_vision_loading:nothing")
+
+
+def test_a_rewritten_attention_is_there_again(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    loaded = load_vision("channel_cases:TimmLike")
+    loaded.input = (3, 12, 12)
+    example = torch.zeros(1, 3, 12, 12)
+    groups = check_groups(loaded.model, channel_groups(loaded.model, example), example)
+    shrink_channels(loaded.model, groups, some_gone(groups))
+    save_vision(loaded, tmp_path)
+    pixels = torch.randn(2, 3, 12, 12)
+    assert torch.equal(load_vision(tmp_path).model(pixels), loaded.model(pixels))
 
 
 def test_unknown_names_are_refused() -> None:

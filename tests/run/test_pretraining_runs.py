@@ -113,6 +113,13 @@ def test_killed_runs_go_on_and_end_the_same(tmp_path, tiny_folder, monkeypatch, 
     assert not list((tmp_path / "cut").rglob("training.safetensors"))
 
 
+def test_a_budget_of_everything_is_plain_training(tmp_path, tiny_folder):
+    result = pretrain(tiny_folder("llama"), keep_params=1.0, out=tmp_path / "out")
+    assert not result.report["pretraining"]["events"]
+    assert verify_run(tmp_path / "out")["verified"]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def test_in_memory_with_distillation():
     model = tiny_model("opt")
     result = secateur.pretrain(
@@ -149,11 +156,14 @@ def test_command_line_recipe_and_json(tmp_path, tiny_folder, capsys):
     record = json.loads(capsys.readouterr().out)
     assert code == 0
     assert record["pretraining"]["events"]
+    rows = tmp_path / "rows.jsonl"  # the same document, elsewhere
+    rows.write_text(json.dumps({"body": text.read_text()}) + "\n")
+    data = {"text": str(rows), "field": "body", "epochs": 90}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         json.dumps(
             {"model": model, "evaluation": None,
-             "pretraining": {**SMALL, "keep_params": 0.7, "text": str(text), "epochs": 90}}
+             "pretraining": {**SMALL, "keep_params": 0.7, **data}}
         )
     )  # fmt: skip
     assert main(["run", str(recipe), "-o", str(tmp_path / "by-recipe")]) == 0

@@ -257,6 +257,7 @@ def test_a_network_in_memory_is_pruned_in_place(tmp_path: Path) -> None:
     assert result.model is model
     assert model[0].out_channels < 8
     assert result.report["reopened"]["loaded"] is False
+    assert any("trained on" in note for note in result.report["notes"])
     from secateur.models.vision.loading import fill
 
     x = torch.rand(2, 1, 8, 8)
@@ -294,7 +295,28 @@ def test_bad_requests_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_networks_of_transformers_are_pruned_in_memory() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3
+    )
+    model = transformers.ResNetForImageClassification(config)
+    training = {"steps": 2, "batch": 4, "distil": 0.5}
+    report = secateur.prune_vision(model, pairs(side=32), target=0.4, training=training).report
+    assert report["totals"]["delivered"] >= 0.4
+
+
 def test_a_network_that_gives_no_classes_is_refused() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.conv(x), 1
+
+    with pytest.raises(UsageError, match="no logits in it"):
+        secateur.prune_vision(Pair(), pairs(), target=0.5)
     with pytest.raises(UsageError, match="a classifier"):
         secateur.prune_vision(nn.Conv2d(1, 3, 3), pairs(), target=0.5)
 
@@ -309,6 +331,10 @@ def test_the_command_line_speaks_of_accuracy(dense: Path, tmp_path: Path, capsys
     assert main(["eval", out, "--images", "digits", "--dense", str(dense), "--json"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 <= record["agreement"] <= 1
+    assert main(["why", "stages.1.0.conv1", "--run", out]) == 0
+    assert "ranked by channel-l2" in capsys.readouterr().out
+    assert main(["why", "stages", "--run", out]) == 0
+    assert main(["why", "nothing", "--run", out]) == 2
     target = str(tmp_path / "weights.safetensors")
     assert main(["export", out, "--format", "state-dict", "-o", target]) == 0
     for wrong, field in (
@@ -317,10 +343,45 @@ def test_the_command_line_speaks_of_accuracy(dense: Path, tmp_path: Path, capsys
         (["prune", "tiny", "--target", "30%", "-o", out], "target"),
         (["export", out, "--format", "gguf", "-o", target], "format"),
         (["eval", "resnet", "--images", "digits"], "model"),
+        (["eval", out], "model"),
+        (["recover", out, "-o", str(tmp_path / "no")], "model"),
         (["eval", out, "--images", "digits", "--speed"], "dense"),
     ):
         assert main([*wrong, "--json"]) == 2
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["field"] == field
+
+
+def test_a_recipe_with_images_is_a_vision_run(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: mobilenet\nmodel_options: {width: 4}\nimages: digits\ntarget: 30%\n"
+        "pretraining: {steps: 4}\nevaluation: {speed: false, limit: 50}\n"
+    )
+    assert main(["run", str(path), "--out", str(tmp_path / "out"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["totals"]["delivered"] >= 0.3
+    assert record["quality"]["pruned"]["images"] == 50
+    path.write_text("model: mobilenet\nimages: digits\nsparsity: 0.5\n")
+    assert main(["run", str(path), "--out", str(tmp_path / "no"), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["field"] == "sparsity"
+
+
+def test_a_folder_of_pictures_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for name, shade in (("dark", 40), ("light", 200)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(15):
+            array = torch.full((12, 16, 3), shade + number, dtype=torch.uint8).numpy()
+            image.fromarray(array).save(tmp_path / "pictures" / name / f"{number}.png")
+    words = ["prune", "resnet", "--images", str(tmp_path / "pictures"), "--target", "30%"]
+    words += ["--preprocess", "resize=10", "--preprocess", "crop=8", "--model-option", "width=4"]
+    words += ["--pretrain", "steps=20", "--pretrain", "batch=8", "--no-speed", "--json"]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["images"]["train"]["shape"] == [3, 8, 8]
+    assert record["quality"]["dense"]["accuracy"] > 0.6
+    assert main(["eval", str(tmp_path / "out"), "--images", str(tmp_path / "pictures")]) == 0
+    assert main([*words[:6], "-o", str(tmp_path / "no"), "--preprocess", "filter=odd"]) == 2
 
 
 def test_methods_are_compared_from_one_dense_network(tmp_path: Path, capsys: Any) -> None:

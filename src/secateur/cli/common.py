@@ -63,6 +63,10 @@ RecoverSettings = Annotated[
     list[str] | None,
     typer.Option("--set", "-R", help="any other key of a recipe's recovery, NAME=VALUE"),
 ]
+Preprocess = Annotated[
+    list[str] | None,
+    typer.Option(help="how images become input: NAME=VALUE, of mean, std, resize, crop, filter"),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16")]
 Stream = Annotated[bool, typer.Option("--stream", help="hold one block's weights at a time")]

@@ -62,6 +62,7 @@ def command(
     model_option: Annotated[
         list[str] | None, typer.Option(help="of a vision network: NAME=VALUE")
     ] = None,
+    preprocess: common.Preprocess = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="measure no speed (vision)")] = False,
     device: common.Device = None,
     dtype: common.Dtype = None,
@@ -83,6 +84,7 @@ def command(
             model_option=model_option,
             pretrain=pretrain,
             recover=recover_setting,
+            preprocess=preprocess,
             eval_images=None,
             no_eval=False,
             no_speed=no_speed,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.data.images import ImageSet
 from secateur.errors import NumericsError, UsageError
 from secateur.models.state import evaluating
+from secateur.models.vision.outputs import logits_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def accuracy(model: nn.Module, images: ImageSet, batch: int = 64) -> Accuracy:
     """Accuracy of ``model``, called as ``model(pixels)`` for logits (B, classes).
 
     Raises:
-        UsageError: the model knows fewer classes than the images have.
+        UsageError: the model knows more or fewer classes than the images have.
         NumericsError: a logit is not finite.
     """
     place = next(iter(model.parameters()))
@@ -90,7 +91,7 @@ def accuracy(model: nn.Module, images: ImageSet, batch: int = 64) -> Accuracy:
     with evaluating(model):
         for part in images.batches(batch):
             part = part.to(place.device)
-            logits = model(part.pixels.to(place.dtype)).float()
+            logits = logits_of(model(part.pixels.to(place.dtype))).float()
             check_classes(logits, images)
             if not torch.isfinite(logits).all():
                 raise NumericsError("a logit is not finite", field="model")
@@ -125,7 +126,7 @@ def check_classes(logits: Tensor, images: ImageSet) -> None:
     """Refuse a model that is no classifier of these images.
 
     Raises:
-        UsageError: logits of another shape, or fewer than there are classes.
+        UsageError: logits of another shape, or not one for each class.
     """
     if logits.dim() != 2:
         raise UsageError(
@@ -133,10 +134,11 @@ def check_classes(logits: Tensor, images: ImageSet) -> None:
             field="model",
             fix="a classifier",
         )
-    if logits.shape[1] < len(images.classes):
+    if logits.shape[1] != len(images.classes):
         raise UsageError(
             f"knows {logits.shape[1]} classes, the images have {len(images.classes)}",
             field="images",
             value=images.name,
-            fix="images of the classes it was trained on, or a model made for these",
+            fix="images of the classes it was trained on, all of them in order, or a model made for "
+            "these",
         )

@@ -50,6 +50,6 @@ def compare_image_speed(
         },
         "batch": len(pixels),
         "turns": turns,
-        "verdict": f"measured here, {len(pixels)} images at a time: {change(ratio)}.",
+        "verdict": f"Measured here in batches of {len(pixels)}: {change(ratio)}.",
         "machine": machine(device),
     }

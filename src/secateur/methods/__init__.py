@@ -16,6 +16,7 @@ methods: Registry[type[Described]] = Registry(
         "maskllm": "secateur.methods.maskllm:MaskLLM",
         "slimgpt": "secateur.methods.slimgpt:SlimGPT",
         "llm-pruner": "secateur.methods.llm_pruner:LLMPruner",
+        "deprune": "secateur.methods.deprune:DEPrune",
         "heads": "secateur.methods.heads:Heads",
         "unit-magnitude": "secateur.methods.unit_baselines:UnitMagnitude",
         "unit-random": "secateur.methods.unit_baselines:UnitRandom",
@@ -23,6 +24,7 @@ methods: Registry[type[Described]] = Registry(
         "channel-l2": "secateur.methods.channel_norms:ChannelL2",
         "channel-fpgm": "secateur.methods.channel_norms:ChannelFPGM",
         "channel-random": "secateur.methods.channel_norms:ChannelRandom",
+        "s2hpruner": "secateur.methods.s2hpruner:S2HPruner",
     },
     group="secateur.methods",
 )

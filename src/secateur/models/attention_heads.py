@@ -1,11 +1,13 @@
 """Multi-head attention that computes with as many heads and channels as its weights have.
 
-``nn.MultiheadAttention`` ties the width inside to the width outside, so a cut one has no place in
-it. This one stands in for it: the same parameters under the same names, the same call.
+``nn.MultiheadAttention`` ties the width inside to the width outside, and so does the attention most
+vision transformers carry along (``qkv`` and ``proj``, as in timm), so a cut one has no place in it.
+These stand in for them: the same parameters under the same names, the same call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -98,6 +100,65 @@ class HeadAttention(nn.Module):
                 added = added.reshape(q.shape[0], -1, *added.shape[1:])
             total = added if total is None else total + added
         return total
+
+
+class QkvAttention(nn.Module):
+    """Self-attention with one ``qkv`` layer, whose inside may be narrower than its outside.
+
+    Args:
+        whole: what ``is_qkv`` says is one; its layers become this one's.
+    """
+
+    def __init__(self, whole: Any) -> None:
+        super().__init__()
+        self.num_heads = int(whole.num_heads)
+        width = whole.qkv.out_features // 3
+        self.scale = float(getattr(whole, "scale", (width // self.num_heads) ** -0.5))
+        for name in ("qkv", "proj", "q_norm", "k_norm", "norm", "attn_drop", "proj_drop"):
+            part = getattr(whole, name, None)
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+        self.train(whole.training)
+
+    def _then(self, name: str, x: Tensor) -> Tensor:
+        """``x`` through a layer, if there is one of that name."""
+        part = self._modules.get(name)
+        out: Tensor = x if part is None else part(x)
+        return out
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(B, L, d) -> the same."""
+        count, length = x.shape[:2]
+        qkv = self._then("qkv", x).reshape(count, length, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self._then("q_norm", q), self._then("k_norm", k)
+        scores = q @ k.transpose(-2, -1) * self.scale
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        context = self._then("attn_drop", scores.softmax(-1)) @ v
+        context = context.transpose(1, 2).reshape(count, length, -1)
+        return self._then("proj_drop", self._then("proj", self._then("norm", context)))
+
+
+def is_qkv(module: nn.Module) -> bool:
+    """Whether a module looks like what ``QkvAttention`` can stand in for."""
+    parts = [getattr(module, name, None) for name in ("qkv", "proj")]
+    heads = getattr(module, "num_heads", None)
+    return (
+        not isinstance(module, QkvAttention)
+        and all(isinstance(part, nn.Linear) for part in parts)
+        and isinstance(heads, int)
+        and parts[0].out_features % (3 * heads) == 0  # type: ignore[union-attr]
+    )
+
+
+def narrow_qkv(model: nn.Module, names: Iterable[str]) -> None:
+    """Let ``QkvAttention`` stand in for these modules."""
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, QkvAttention):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, QkvAttention(module))
 
 
 def narrow_attention(model: nn.Module, names: set[str]) -> None:

@@ -2,17 +2,20 @@
 
 Code with widths written into it (``reshape(b, n, 3, heads, c // heads)``) runs wrong when a layer is
 narrower, and no graph can know. So every group is cut on trial, on copies; what does not hold is
-marked as not prunable, with what happened.
+tried again with an equal attention of ours in the place of the network's own, and what still does
+not is marked as not prunable, with what happened.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.models.attention_heads import is_qkv, narrow_qkv
 from secateur.models.channel_graph import ChannelGroup, ChannelGroups
 from secateur.models.channel_surgery import mask_channels, shrink_channels
 
@@ -31,12 +34,23 @@ def check_groups(
         seed: which units go on trial.
     """
     trial = _Trial(model, example, seed)
-    bad: dict[str, str] = {}
-    trial.search(groups, groups.prunable, bad)
-    left = [g for g in groups.prunable if g.key not in bad]
-    # Groups that hold one by one and not together: give them up one after another.
-    while left and bad and (why := trial(groups, left)) is not None:
-        bad[left.pop().key] = why
+    live = trial.model
+    bad = trial.failing(groups, groups.prunable)
+    if not bad:
+        return groups
+    alike = trial.faithful()
+    if alike:
+        trial.model = deepcopy(live)
+        narrow_qkv(trial.model, alike)
+        still = trial.failing(groups, groups.prunable)
+        saved = bad.keys() - still.keys()
+        groups = ChannelGroups(
+            [replace(g, rewritten=tuple(alike)) if g.key in saved else g for g in groups],
+            groups.layers,
+            groups.sizes,
+            groups.shapes,
+        )
+        bad = still
     return groups.refuse(bad) if bad else groups
 
 
@@ -46,13 +60,41 @@ class _Trial:
         device = next(iter(model.parameters())).device
         generator = torch.Generator().manual_seed(seed)
         self.generator = generator
-        self.model = model
+        self.model = _livened(model, generator)
         self.inputs = [
             torch.randn(t.shape, generator=generator).to(device, t.dtype)
             if isinstance(t, Tensor) and t.is_floating_point()
             else t
             for t in inputs
         ]
+
+    def failing(self, groups: ChannelGroups, some: list[ChannelGroup]) -> dict[str, str]:
+        """Which of these groups cannot be cut, and what happens."""
+        bad: dict[str, str] = {}
+        self.search(groups, some, bad)
+        left = [g for g in some if g.key not in bad]
+        # Groups that hold one by one and not together: give them up one after another.
+        while left and bad and (why := self(groups, left)) is not None:
+            bad[left.pop().key] = why
+        return bad
+
+    def faithful(self) -> list[str]:
+        """Attentions for which ours can stand in without changing what the network computes."""
+        wanted, found = None, []
+        for name, module in self.model.named_modules():
+            if not is_qkv(module):
+                continue
+            if wanted is None:
+                wanted = _first(deepcopy(self.model).eval()(*self.inputs))
+            other = deepcopy(self.model).eval()
+            narrow_qkv(other, [name])
+            try:
+                output = _first(other(*self.inputs))
+            except Exception:  # it is called otherwise than ours can be
+                continue
+            if float((output - wanted).abs().max()) <= 1e-4 * (float(wanted.abs().max()) or 1.0):
+                found.append(name)
+        return found
 
     def search(self, groups: ChannelGroups, some: list[ChannelGroup], bad: dict[str, str]) -> None:
         """Halve what does not hold until single groups are left."""
@@ -93,8 +135,20 @@ class _Trial:
         return None
 
 
+@torch.no_grad()
+def _livened(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in which no branch is silent: scales that start near zero would hide a wrong cut."""
+    copy = deepcopy(model).eval()
+    for parameter in copy.parameters():
+        if parameter.is_floating_point() and max(parameter.shape, default=1) == parameter.numel():
+            more = torch.rand(parameter.shape, generator=generator) / 2 + 0.5
+            parameter.add_(more.to(parameter.device, parameter.dtype))
+    return copy
+
+
 def _first(output: Any) -> Tensor:
-    """The first tensor of an output, in float32."""
+    """The first tensor of an output (its logits, where it says so), in float32."""
+    output = getattr(output, "logits", output)
     while not isinstance(output, Tensor):
         output = next(iter(output.values() if isinstance(output, dict) else output))
     return output.float()

@@ -56,7 +56,9 @@ class ChannelGroup(Group):
             ``producers`` give out.
         prunable: whether any can go.
         reason: why not.
-        counts: (module, attribute, units it counts for each of ours) that follow a cut.
+        counts: (module, attribute) that count the units, and follow a cut.
+        rewritten: attentions whose code has widths written into it, and which an equal one stands
+            in for when the units are cut (``attention_heads.QkvAttention``).
     """
 
     producers: tuple[str, ...] = ()
@@ -68,6 +70,7 @@ class ChannelGroup(Group):
     prunable: bool = True
     reason: str = ""
     counts: tuple[tuple[str, str], ...] = ()
+    rewritten: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)

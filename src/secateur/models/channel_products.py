@@ -90,7 +90,8 @@ def linear(trace: Trace, call: Call) -> Tensor:
     wide = changing(labels)
     rows = prod(shape[:-1])
     if wide and labels.dim() - 1 not in wide:  # positions are mixed, for each channel alike
-        trace.cost("linear", 2.0 * rows * prod(weight.shape))
+        each = small(labels)
+        trace.cost("linear", 2.0 * rows * prod(weight.shape) / each.numel(), each.reshape(-1))
         return labels.narrow(-1, 0, 1).expand(shape)
     x = trace.line(labels, -1)
     y = trace.new(weight, shape[-1]).expand(shape[-1])
@@ -117,27 +118,66 @@ def product(trace: Trace, call: Call) -> Tensor:
     return _contract(trace, parts[0], parts[1], call.out.shape)
 
 
+def einsum(trace: Trace, call: Call) -> Tensor:
+    """``einsum`` of two activations whose letters are all written out."""
+    operands = call.tensors()
+    known = [k for t in operands if (k := trace.labels(t)) is not None]
+    inputs, arrow, output = str(call.get(0, "equation")).replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    plain = arrow and "." not in inputs and all(len(set(part)) == len(part) for part in letters)
+    if not plain or len(operands) != 2:
+        trace.lost(call.name, known)
+        return free(call.out.shape)
+    parts = [(t, trace.labels(t)) for t in operands]
+    left, right = (free(t.shape) if k is None else k for t, k in parts)
+    return _sum_over(trace, left, letters[0], right, letters[1], output, call.out.shape)
+
+
 def _contract(trace: Trace, left: Tensor, right: Tensor, shape: Any) -> Tensor:
-    """Labels of ``left @ right``, (..., i, k) and (..., k, j): k goes from both at once."""
-    batch = len(shape) - 2
-    a = left.reshape((1,) * (batch + 2 - left.dim()) + tuple(left.shape)).unsqueeze(-1)
-    b = right.reshape((1,) * (batch + 2 - right.dim()) + tuple(right.shape)).unsqueeze(-3)
-    a, b = small(a), small(b)  # over (..., i, k, j)
-    sizes = [max(p, q) for p, q in zip(a.shape, b.shape, strict=True)]
-    a, b = a.expand(sizes), b.expand(sizes)
-    trace.atoms.merge(a, b)
-    total = torch.where(a >= 0, a, b)
-    missing = ((a < 0) | (b < 0)) & (total >= 0)
-    inner = left.shape[-1]
-    if batch + 1 in changing(total) and bool(missing.any()):
+    """Labels of ``left @ right``, (..., i, k) and (..., k, j), with batch dimensions in front."""
+    batch = "".join(chr(ord("a") + n) for n in range(len(shape) - 2))
+    a = left.reshape((1,) * (len(shape) - left.dim()) + tuple(left.shape))
+    b = right.reshape((1,) * (len(shape) - right.dim()) + tuple(right.shape))
+    return _sum_over(trace, a, batch + "XZ", b, batch + "ZY", batch + "XY", shape)
+
+
+def _sum_over(
+    trace: Trace, left: Tensor, a: str, right: Tensor, b: str, out: str, shape: Any
+) -> Tensor:
+    """Labels of a product of two tensors summed over the letters that are not in ``out``.
+
+    What is summed goes from both at once; where both have channels that do not meet so, all of
+    them become one, which is too much and never wrong.
+    """
+    inner = [letter for letter in dict.fromkeys(a + b) if letter not in out]
+    letters = [*out, *inner]
+    sizes = {n: max(p, 1) for n, p in zip(out, shape, strict=True)}
+    for labels, names in ((left, a), (right, b)):
+        sizes |= {n: max(sizes.get(n, 1), d) for n, d in zip(names, labels.shape, strict=True)}
+
+    def arranged(labels: Tensor, names: str) -> Tensor:
+        labels = small(labels)
+        labels = labels.permute([names.index(n) for n in letters if n in names])
+        place = iter(labels.shape)
+        return labels.reshape([next(place) if n in names else 1 for n in letters])
+
+    parts = [arranged(left, a), arranged(right, b)]
+    wide = [max(p, q) for p, q in zip(parts[0].shape, parts[1].shape, strict=True)]
+    one, two = (part.expand(wide) for part in parts)
+    trace.atoms.merge(one, two)
+    total = torch.where(one >= 0, one, two)
+    missing = ((one < 0) | (two < 0)) & (total >= 0)
+    summed = [letters.index(n) for n in inner]
+    if set(summed) & set(changing(total)) and bool(missing.any()):
         trace.pin(total[missing], "meets a tensor of fixed size in a product")
-    full = [*shape[:batch], shape[-2], inner, shape[-1]]
-    trace.cost("product", 2.0 * prod(full) / max(1, total.numel()), total.reshape(-1))
-    roots = trace.atoms.find(total)
-    first = roots.narrow(batch + 1, 0, 1)
-    alike = (roots == first).all(batch + 1)
-    result = torch.where(alike, first.squeeze(batch + 1), torch.tensor(FREE))
-    return result.expand(tuple(shape))
+    trace.cost("product", 2.0 * prod(sizes.values()) / max(1, total.numel()), total.reshape(-1))
+    roots = first = trace.atoms.find(total)
+    for dim in summed:
+        first = first.narrow(dim, 0, 1)
+    alike = roots == first
+    for dim in sorted(summed, reverse=True):
+        alike, first = alike.all(dim), first.squeeze(dim)
+    return torch.where(alike, first, torch.tensor(FREE)).expand(tuple(shape))
 
 
 def attention(trace: Trace, call: Call) -> Tensor:
@@ -153,6 +193,9 @@ def attention(trace: Trace, call: Call) -> Tensor:
         found.append(labels)
     query, key, value = found
     scores = _contract(trace, query, key.mT, [*query.shape[:-1], key.shape[-2]])
+    mask = call.get(3, "attn_mask")
+    if mask is not None:
+        scores = trace.met([scores, trace.operand(mask)], scores.shape)
     return _contract(trace, scores, value, call.out.shape)
 
 
@@ -276,5 +319,5 @@ LAYERS: dict[str, Rule] = (
 PRODUCTS: dict[str, Rule] = (
     LAYERS
     | dict.fromkeys(["matmul", "bmm", "rmatmul"], product)
-    | {"scaled_dot_product_attention": attention}
+    | {"scaled_dot_product_attention": attention, "einsum": einsum}
 )

@@ -116,12 +116,19 @@ def index(trace: Trace, call: Call) -> Tensor:
     if any(isinstance(a, Tensor) and trace.labels(a) is not None for a in _parts(call.args[1:])):
         trace.lost(call.name, [labels])
         return free(call.out.shape)
-    result: Tensor = call.func(labels, *call.args[1:], **call.kwargs)
+    result: Tensor = call.func(labels, *map(_here, call.args[1:]), **call.kwargs)
     roots = trace.roots(labels)
     picked = any(_indexed(call, dim, labels.dim()) for dim in changing(roots))
     if picked and not trace.only_parameter(labels):
         trace.pin(labels, "is indexed by numbers in the model's code")
     return result
+
+
+def _here(value: Any) -> Any:
+    """An index on the labels' device."""
+    if isinstance(value, tuple | list):
+        return type(value)(_here(part) for part in value)
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _parts(args: Any) -> list[Any]:

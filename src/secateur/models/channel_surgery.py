@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.masks.structured import StructuredMask, remember, structure_of
-from secateur.models.attention_heads import HeadAttention, narrow_attention
+from secateur.models.attention_heads import narrow_attention, narrow_qkv
 from secateur.models.channel_graph import ChannelGroup, ChannelGroups
 from secateur.models.channel_products import WHOLE, whole_groups
 from secateur.models.cuts import Cuts, cut_tensors, drop
@@ -81,6 +81,7 @@ def shrink_channels(
             drop(cuts, part.parameter, part.dim, size, part.index[units].reshape(-1))
     touched = {name.rpartition(".")[0] for name in cuts}
     unmask_norms(model)
+    narrow_qkv(model, {name for group, _ in chosen for name in group.rewritten})
     narrow_attention(model, touched | {t.removesuffix(".out_proj") for t in touched})
     cut_tensors(tensors, cuts, list(optimizers), list(also))
     for group, units in chosen:
@@ -153,8 +154,6 @@ def _sync(module: nn.Module) -> None:
         module.num_features = len(line)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
-    elif isinstance(module, HeadAttention):
-        pass  # reads its sizes off its tensors
 
 
 def _sync_convolution(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:

@@ -213,28 +213,36 @@ class Trace:
     def joined(self, operands: Sequence[Tensor], shape: Sequence[int]) -> Tensor | None:
         """Labels of an element-wise combination: what meets must go together."""
         operands = [t for t in operands if t.numel() > 1]
-        known = [(t, self.labels(t)) for t in operands]
-        if all(part is None for _, part in known):
+        if all(self.labels(t) is None for t in operands):
             return None
-        full = [free(t.shape) if part is None else part for t, part in known]
-        full = self._without_bystanders(operands, full, len(shape))
-        parts = aligned([*full, free(shape)])[:-1]
+        return self.met([self.operand(t) for t in operands], shape)
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """Labels of an activation or constant; what was only expanded counts as having size 1."""
+        found = self.labels(tensor)
+        if found is not None:
+            return found
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        return free([1 if step == 0 else size for size, step in sizes])
+
+    def met(self, labels: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """The same, of tensors with these labels (each of its tensor's shape)."""
+        whole = self._without_bystanders(labels, len(shape))
+        parts = aligned([*whole, free(shape)])[:-1]
         total = torch.full_like(parts[0], FREE)
         for part in parts:
             self.atoms.merge(part, total)
             total = torch.where(total >= 0, total, part)
         wide = changing(total)
-        for (tensor, _), part in zip(known, parts, strict=True):
-            offset = len(shape) - tensor.dim()
-            sized = any(d >= offset and tensor.shape[d - offset] > 1 for d in wide)
+        for one, part in zip(whole, parts, strict=True):
+            offset = len(shape) - one.dim()
+            sized = any(d >= offset and one.shape[d - offset] > 1 for d in wide)
             fixed = (part < 0) & (total >= 0)
-            if sized and bool(fixed.any()):
+            if sized and bool(fixed.any()) and not self.only_parameter(total[fixed]):
                 self.pin(total[fixed], "meets a tensor of fixed size")
         return total.expand(tuple(shape))
 
-    def _without_bystanders(
-        self, operands: Sequence[Tensor], labels: list[Tensor], dims: int
-    ) -> list[Tensor]:
+    def _without_bystanders(self, labels: Sequence[Tensor], dims: int) -> list[Tensor]:
         """Parameters that are the same for every channel they meet (a mask of positions) are nobody's."""
         own = [self.only_parameter(part) for part in labels]
         wide = {
@@ -244,10 +252,10 @@ class Trace:
             for d in changing(part)
         }
         found = []
-        for tensor, part, loose in zip(operands, labels, own, strict=True):
-            offset = dims - tensor.dim()
-            meets = any(d >= offset and tensor.shape[d - offset] > 1 for d in wide)
-            found.append(free(tensor.shape) if loose and wide and not meets else part)
+        for part, loose in zip(labels, own, strict=True):
+            offset = dims - part.dim()
+            meets = any(d >= offset and part.shape[d - offset] > 1 for d in wide)
+            found.append(free(part.shape) if loose and wide and not meets else part)
         return found
 
     # -- layers --------------------------------------------------------------------------------

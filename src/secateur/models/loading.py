@@ -15,6 +15,7 @@ from secateur.models.checks import check_tokenizer, check_weights, fingerprint
 from secateur.models.shards import SafetensorsFolder
 from secateur.models.sources import Source, resolve
 from secateur.models.state import evaluating, quiet
+from secateur.models.vision.names import MANIFEST
 from secateur.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -223,6 +224,14 @@ def _tensors(source: Source) -> SafetensorsFolder:
             value=str(source.folder),
             fix="merge it into its model: PeftModel.from_pretrained(model, folder)"
             ".merge_and_unload().save_pretrained(new_folder)",
+        )
+    if (source.folder / MANIFEST).is_file():
+        raise UsageError(
+            "is a vision network, and this works on language models",
+            field="model",
+            value=str(source.folder),
+            fix="prune, eval and compare take it with --images SPEC; verify, report, why and export "
+            "take its folder",
         )
     if not (source.folder / "config.json").is_file():
         raise UsageError(

@@ -108,11 +108,17 @@ def verdict(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def follows(result: dict[str, Any]) -> tuple[float, float] | None:
     """(FLOPs of the first shape over the last's, speed in the last over the first's), measured."""
-    spans = [s for s in (result.get("pretraining") or {}).get("spans") or [] if s["seconds"] > 0]
+    spans = _timed(result)
     if len(spans) < 2 or spans[0]["flops"] <= spans[-1]["flops"]:
         return None
-    first, last = (s["seen"] / s["seconds"] for s in (spans[0], spans[-1]))
-    return spans[0]["flops"] / spans[-1]["flops"], last / first
+    return (
+        spans[0]["flops"] / spans[-1]["flops"],
+        spans[0]["fastest"] / spans[-1]["fastest"],
+    )
+
+
+def _timed(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [s for s in (result.get("pretraining") or {}).get("spans") or [] if s["fastest"] > 0]
 
 
 def removed_chart(result: dict[str, Any]) -> Markup | None:
@@ -192,10 +198,9 @@ def loss_chart(result: dict[str, Any]) -> Markup | None:
 
 def speed_chart(result: dict[str, Any]) -> Markup | None:
     """Speed of the steps and what FLOPs alone would give, both against the first shape's."""
-    spans = [s for s in (result.get("pretraining") or {}).get("spans") or [] if s["seconds"] > 0]
-    if len(spans) < 2:
+    if not _timed(result):
         return None
-    merged = list(_merged(spans))
+    merged = list(_merged(_timed(result), result["pretraining"]["tokens_per_step"]))
     if len(merged) < 2:
         return None
     first = merged[0][1] / merged[0][2]
@@ -209,8 +214,11 @@ def speed_chart(result: dict[str, Any]) -> Markup | None:
     )
 
 
-def _merged(spans: list[dict[str, Any]]) -> Iterable[tuple[float, float, float, float]]:
-    """Neighbouring spans joined to about 40: (tokens at the start, seen, seconds, FLOPs a token)."""
+def _merged(spans: list[dict[str, Any]], step: int) -> Iterable[tuple[float, float, float, float]]:
+    """Neighbouring spans joined to about 40: (tokens at the start, seen, seconds, FLOPs a token).
+
+    Seconds are those of each span's fastest step: other work on the machine makes no step faster.
+    """
     most = max(1.0, sum(s["seen"] for s in spans) / 40)
     part: list[dict[str, Any]] = []
     for span in [*spans, None]:
@@ -219,7 +227,8 @@ def _merged(spans: list[dict[str, Any]]) -> Iterable[tuple[float, float, float, 
         seen = sum(s["seen"] for s in part)
         if part and (span is None or seen >= most):
             work = sum(s["flops"] * s["seen"] for s in part) / seen
-            yield float(part[0]["tokens"]), seen, sum(s["seconds"] for s in part), work
+            spent = sum(s["fastest"] * s["seen"] / step for s in part)
+            yield float(part[0]["tokens"]), seen, spent, work
             part = []
 
 

@@ -13,7 +13,10 @@ from secateur.files import finite
 from secateur.report import charts, facts, words
 from secateur.report.charts import Bar, Column
 
-PICTURES: dict[str, str] = {}
+PICTURES: dict[str, str] = {
+    "deprune": "secateur.report.depthwise:pictures",
+    "s2hpruner": "secateur.report.widths:pictures",
+}
 """Method -> ``module:function`` that draws what only it has: result -> [(heading, caption, chart)]."""
 
 _STAGES = {
@@ -51,8 +54,8 @@ def write_vision_report(result: dict[str, Any], folder: Path | str) -> dict[str,
         },
         "pictures": own_pictures(result),
         "protocol": facts.facts((result["quality"] or {}).get("protocol")),
-        "training": facts.facts(result["training"]),
-        "pretraining": facts.facts(result["pretraining"]),
+        "training": _trained(result["training"]),
+        "pretraining": _trained(result["pretraining"]),
         "machine": facts.facts(result["machine"]),
         "method": facts.facts({k: v for k, v in result["method"].items() if _plain(v)}),
         "recipe": yaml.safe_dump(result["recipe"], sort_keys=False, allow_unicode=True),
@@ -64,6 +67,14 @@ def write_vision_report(result: dict[str, Any], folder: Path | str) -> dict[str,
 
 def _plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
+
+
+def _trained(record: dict[str, Any] | None) -> Any:
+    """What a training did, counted in images."""
+    if not record:
+        return facts.facts(None)
+    shown = {k: record[k] for k in ("steps", "first_loss", "last_loss", "seconds", "stopped")}
+    return facts.facts({**shown, "images": record["tokens"], "parameters": record["trained"]})
 
 
 def subtitle(result: dict[str, Any]) -> str:

@@ -115,6 +115,10 @@ def read_result(folder: Path) -> dict[str, Any]:
 def explain(folder: Path, module: str) -> dict[str, Any]:
     """What a run remembers of one matrix, or all whose name contains ``module``."""
     report = read_result(folder)
+    if report.get("kind") == "vision":
+        from secateur.run.vision_commands import explain_vision
+
+        return explain_vision(folder, report, module)
     modules = report["modules"]
     if report.get("structure"):
         return _explain_group(folder, report, module)

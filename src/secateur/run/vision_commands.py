@@ -117,6 +117,40 @@ def verify_vision(
     return {"folder": str(folder), "verified": True, "checks": checks, "parameters": count, **found}
 
 
+def explain_vision(folder: Path, report: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a vision run remembers of one group of channels, or all whose name contains ``name``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    groups = report["groups"]
+    found = [g for g in groups if g["name"] == name] or [g for g in groups if name in g["name"]]
+    if not found:
+        raise UsageError(
+            "the run has no such group", field="module", value=name, fix=f"e.g. {groups[0]['name']}"
+        )
+    if len(found) > 1:
+        share = {g["name"]: 1 - g["after"] / g["before"] for g in found}
+        rows = [{"name": key, "sparsity": gone, "error": None} for key, gone in share.items()]
+        return {"matches": rows, "groups": found}
+    group = found[0]
+    mask = StructuredMask.parse(read_vision_manifest(folder)["structure"]).gone.get(group["name"])
+    noted: dict[str, Any] = next(
+        (row for row in report["layers"] if row["name"] == group["name"]), {}
+    )
+    return {
+        "group": {
+            **group,
+            "block": None,
+            "unit": f"{group['kind']}s",
+            "removed": group["before"] - group["after"],
+            "scores": noted.get("scores"),
+        },
+        "method": report["recipe"]["method"],
+        "gone": [] if mask is None else mask.nonzero().reshape(-1).tolist(),
+    }
+
+
 def export_vision(
     folder: Path, kind: str, out: Path | None, progress: Progress = SILENT
 ) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur import __version__
 from secateur.errors import VerificationError
@@ -14,9 +14,11 @@ from secateur.evaluation.accuracy import Accuracy
 from secateur.evaluation.image_speed import compare_image_speed
 from secateur.evaluation.size import memory_bytes
 from secateur.evaluation.speed import machine
+from secateur.kernels.depthwise import is_depthwise
 from secateur.masks.structured import StructuredMask
 from secateur.methods.vision_base import VisionOutcome
 from secateur.models.channel_graph import ChannelGroups, channel_groups
+from secateur.models.inference import inference_copy
 from secateur.models.vision.loading import WEIGHTS
 from secateur.run.folder import RunFolder
 from secateur.run.vision_session import VisionSession
@@ -68,7 +70,9 @@ def assemble_vision(
         "totals": {
             "kind": session.target.kind,
             "asked": session.target.share,
-            "delivered": _delivered(session, flops, parameters, groups, masked),
+            "delivered": outcome.delivered
+            if session.target.kind == "weights" and outcome.delivered is not None
+            else _delivered(session, flops, parameters, groups, masked),
         },
         "groups": groups,
         "layers": outcome.layers,
@@ -78,7 +82,7 @@ def assemble_vision(
         "parameters": parameters,
         "costs": _costs(before, after),
         "quality": _quality(measured),
-        "speed": _speed(session, dense),
+        "speed": _speed(session, dense, outcome.masks),
         "size": {
             "dense": memory_bytes(dense),
             "pruned": memory_bytes(session.model)
@@ -165,11 +169,23 @@ def _quality(measured: Mapping[str, Accuracy | None]) -> dict[str, Any] | None:
     return found | {"agreement": agreement, "protocol": pruned.protocol.record()}
 
 
-def _speed(session: VisionSession, dense: nn.Module) -> dict[str, Any] | None:
+def _speed(
+    session: VisionSession, dense: nn.Module, masks: Mapping[str, Tensor]
+) -> dict[str, Any] | None:
     spec = session.recipe.evaluation
     if spec is None or not spec.speed:
         return None
     images = session.test or session.train
     pixels = images.batch([i % len(images) for i in range(spec.speed_batch)]).pixels
     with session.timed("speed"), session.progress.stage("measuring speed"):
-        return compare_image_speed(dense, session.model, pixels, seconds=spec.speed_seconds)
+        pruned, form = session.model, "as they are"
+        if any(is_depthwise(pruned.get_submodule(n.rpartition(".")[0])) for n in masks):
+            # Tap lists are what the masks are for; the dense network gets its norms folded too.
+            pixels = pixels.to(session.device)
+            pruned = inference_copy(pruned, masks, pixels)
+            dense = inference_copy(dense, {}, pixels)
+            form = "for inference: batch norms folded in both, depth-wise taps as lists"
+        return {
+            "form": form,
+            **compare_image_speed(dense, pruned, pixels, seconds=spec.speed_seconds),
+        }

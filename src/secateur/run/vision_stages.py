@@ -12,6 +12,7 @@ from secateur.masks.structured import StructuredMask, remember
 from secateur.methods.vision_base import VisionOutcome
 from secateur.models.channel_surgery import shrink_channels
 from secateur.models.vision.loading import add_biases
+from secateur.models.vision.outputs import logits_of
 from secateur.run.folder import RunFolder
 from secateur.run.vision_session import VisionSession
 from secateur.tensorfile import opened, save_tensors
@@ -47,6 +48,7 @@ def save_outcome(folder: RunFolder, model: nn.Module, outcome: VisionOutcome) ->
             "trained": outcome.trained,
             "record": outcome.record,
             "layers": outcome.layers,
+            "delivered": outcome.delivered,
         },
     )
 
@@ -64,7 +66,14 @@ def load_outcome(folder: RunFolder, session: VisionSession) -> VisionOutcome | N
     masks: dict[str, Tensor] = {}
     if record["masked"]:
         masks = {name: mask.clone() for name, mask in load_masks(folder.inner / _MASKS).items()}
-    return VisionOutcome(structure, masks, record["trained"], record["record"], record["layers"])
+    return VisionOutcome(
+        structure,
+        masks,
+        record["trained"],
+        record["record"],
+        record["layers"],
+        record.get("delivered"),
+    )
 
 
 @torch.no_grad()
@@ -72,5 +81,5 @@ def probe(session: VisionSession, count: int = 4) -> tuple[Tensor, Tensor]:
     """A few images as input, and the logits the network gives for them, on the CPU."""
     images = session.test or session.train
     pixels = images.first(count).batch(range(min(count, len(images)))).pixels
-    logits: Tensor = session.model.eval()(pixels.to(session.device))
+    logits = logits_of(session.model.eval()(pixels.to(session.device)))
     return pixels, logits.float().cpu()

@@ -15,15 +15,28 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from secateur.errors import SecateurError
 from secateur.forests.solvers.maxflow import IntegerNetwork
 
 SEARCH_AFTER = 6
 """Labels are made exact again after about this many list entries per vertex were looked at."""
 
+MOST = 2**31 - 1
+
 
 def minimum_cut(network: IntegerNetwork) -> tuple[NDArray[np.bool_], int, int]:
-    """Kept nodes, the maximum flow, and the number of searches for labels."""
+    """Kept nodes, the maximum flow, and the number of searches for labels.
+
+    Raises:
+        SecateurError: more vertices or first uses than 32 bits can number.
+    """
     problem = network.problem
+    if max(len(problem.key), problem.n_nodes + problem.n_keys + 2) > MOST:
+        raise SecateurError(
+            f"{len(problem.key):,} first uses of {problem.n_keys:,} (feature, example) pairs are "
+            "more than push_relabel can number",
+            fix="fewer cost examples, or solver='primal_dual'",
+        )
     node, starts, users = _transposed(problem.ptr, problem.key, problem.n_keys)
     child, sibling = _children(problem.parent)
     graph = (problem.parent, child, sibling, problem.ptr, problem.key, node, starts, users)

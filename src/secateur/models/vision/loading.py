@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from secateur.data.images import Preprocess
 from secateur.errors import SecateurError, UsageError
 from secateur.masks.structured import StructuredMask, remember
+from secateur.models.attention_heads import narrow_qkv
 from secateur.models.channel_graph import channel_groups
 from secateur.models.channel_surgery import shrink_channels
 from secateur.models.checks import fingerprint_model
@@ -260,6 +261,7 @@ def fill(model: nn.Module, folder: str | Path) -> nn.Module:
     record = read_vision_manifest(folder)
     mask = StructuredMask.parse(record["structure"], str(folder / MANIFEST))
     example = torch.zeros(1, *record["input"])
+    narrow_qkv(model, record.get("rewritten", ()))
     if any(bool(gone.any()) for gone in mask.gone.values()):
         groups = channel_groups(model, example, unknown=record.get("unknown", "error"))
         shrink_channels(model, groups, mask)

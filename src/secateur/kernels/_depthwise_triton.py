@@ -1,0 +1,79 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""The kernels of ``depthwise_triton``; sums are kept in float32 whatever the input's type."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def direct(
+    x, out, start, tap, weight, bias,
+    outputs, multiplier, height, width, out_height, out_width, kernel_w,
+    stride_h, stride_w, dilation_h, dilation_w, top, left, low, high,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Outputs [program 1 * BLOCK, ...) of plane program 0."""
+    plane = tl.program_id(0).to(tl.int64)
+    channel = plane % outputs
+    image = x + plane // multiplier * height * width
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < out_height * out_width
+    y = at // out_width * stride_h - top
+    z = at % out_width * stride_w - left
+    total = tl.zeros((BLOCK,), tl.float32) + tl.load(bias + channel)
+    first = tl.load(start + channel)
+    last = tl.load(start + channel + 1)
+    for t in range(first, last):
+        place = tl.load(tap + t)
+        row = y + place // kernel_w * dilation_h
+        column = z + place % kernel_w * dilation_w
+        seen = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        value = tl.load(image + row * width + column, mask=seen, other=0.0)
+        total += tl.load(weight + t) * value.to(tl.float32)
+    # comparisons, so that NaN stays
+    total = tl.where(total < low, low, total)
+    total = tl.where(total > high, high, total)
+    tl.store(out + plane * out_height * out_width + at, total, mask=inside)
+
+
+@triton.jit
+def gather(
+    x, out, matrix, owner, tap, bias,
+    outputs, multiplier, height, width, out_height, out_width, kernel_w,
+    stride_h, stride_w, dilation_h, dilation_w, top, left, low, high,
+    groups, columns,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Outputs [program 1 * BLOCK, ...) of 32 channels of one image."""
+    image = (tl.program_id(0) // groups).to(tl.int64)
+    group = tl.program_id(0) % groups
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < out_height * out_width
+    y = at // out_width * stride_h - top
+    z = at % out_width * stride_w - left
+    channel = group * 32 + tl.arange(0, 32)
+    known = channel < outputs
+    first = tl.load(bias + channel, mask=known, other=0.0)
+    total = tl.zeros((32, BLOCK), tl.float32) + first[:, None]
+    planes = outputs // multiplier
+    for step in range(0, columns, 32):
+        number = group * columns + step + tl.arange(0, 32)
+        mine = tl.load(owner + number)
+        place = tl.load(tap + number)
+        row = y[None, :] + (place // kernel_w * dilation_h)[:, None]
+        column = z[None, :] + (place % kernel_w * dilation_w)[:, None]
+        seen = (mine >= 0)[:, None] & inside[None, :] & (row >= 0) & (row < height)
+        seen = seen & (column >= 0) & (column < width)
+        plane = image * planes + tl.maximum(mine, 0) // multiplier
+        value = tl.load(
+            x + plane[:, None] * height * width + row * width + column, mask=seen, other=0.0
+        )
+        line = (group * 32 + tl.arange(0, 32)) * columns + step
+        left_hand = tl.load(matrix + line[:, None] + tl.arange(0, 32)[None, :])
+        total += tl.dot(left_hand, value, input_precision="ieee")
+    total = tl.where(total < low, low, total)
+    total = tl.where(total > high, high, total)
+    target = (image * outputs + channel)[:, None] * out_height * out_width + at[None, :]
+    tl.store(out + target, total, mask=known[:, None] & inside[None, :])
