@@ -1,6 +1,7 @@
 """What pruning-aware pretraining costs beside the training itself, and what shrinking gains.
 
     python -m benchmarks.pretrain_speed            # SmolLM2-135M from its package: minutes
+    python -m benchmarks.pretrain_speed --keep 0.97 --steps 2 3 1 --batch 2
     python -m benchmarks.pretrain_speed --model tiny
 
 One training of a few steps with one thread, in CPU time: dense steps first, then an event after
@@ -140,7 +141,10 @@ def main() -> int:
     print(json.dumps(record, indent=1))
     if options.model == "demo":
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "pretrain_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+        path = RESULTS / "pretrain_speed.json"
+        cases = json.loads(path.read_text()) if path.exists() else {}
+        words = f"keep {options.keep:g} in {options.steps[1]} events, batch {options.batch}"
+        path.write_text(json.dumps(cases | {words: record}, indent=1) + "\n")
     return 0
 
 

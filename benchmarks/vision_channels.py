@@ -62,7 +62,9 @@ def lite0(folder: str) -> dict[str, Any]:
     test = read_images(f"{folder}:test", preprocess=loaded.preprocess)
     train = read_images(f"{folder}:train", preprocess=loaded.preprocess)
     other = replace(test, preprocess=IMAGENET)
+    every = read_images(f"{folder}:all", preprocess=loaded.preprocess)
     out: dict[str, Any] = {
+        "dense_on_all": accuracy(loaded.model, every).record(),
         "dense": accuracy(loaded.model, test).record(),
         "dense_with_imagenet_scaling": accuracy(loaded.model, other).record(),
         "cuts": [],

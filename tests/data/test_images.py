@@ -162,10 +162,10 @@ def test_labels_must_be_classes() -> None:
 
 def test_augmentation_is_drawn_from_torchs_generator() -> None:
     pytest.importorskip("kornia")
-    images = read_images([(torch.rand(1, 8, 8), 0) for _ in range(4)])
+    images = read_images([(torch.rand(1, 8, 6), 0) for _ in range(4)])
     from dataclasses import replace
 
-    changed = replace(images, augment=augmentation("crop-flip", 8))
+    changed = replace(images, augment=augmentation("crop-flip", 8, 6))
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -175,7 +175,7 @@ def test_augmentation_is_drawn_from_torchs_generator() -> None:
     assert not torch.equal(drawn[0], plain)
     assert torch.equal(next(changed.batches(4)).pixels, plain)  # never where accuracy is measured
     with pytest.raises(UsageError, match="no such change"):
-        augmentation("blur", 8)
+        augmentation("blur", 8, 8)
 
 
 def test_first_is_spread_over_all() -> None:

@@ -20,6 +20,7 @@ from secateur.lottery import (
 )
 from secateur.lottery.intervals import propagate
 from secateur.lottery.philox import points
+from secateur.lottery.targets import he_mlp
 from secateur.progress import Progress
 
 EPS = 0.02
@@ -282,6 +283,16 @@ class TestFailureIsNeverSilent:
     def test_without_growth_it_raises(self, small_net):
         with pytest.raises(SecateurError, match="weights are further"):
             _Starved(weight_eps=1e-3, refine=1, growth=0).fit(small_net)
+
+    @pytest.mark.parametrize(("seed", "attempts"), [(0, 1), (1, 4)])
+    def test_copies_grow_where_pools_do_not_do(self, seed, attempts):
+        """Pools in front of the first layer grow alone; too few copies redo the network."""
+        ticket = CopyTicket(weight_eps=1e-3, copies=14).fit(he_mlp((30, 4, 1)), seed=seed)
+        assert ticket.history["layers"][0]["grown_pools"] > 0
+        assert ticket.history["attempts"] == attempts
+        assert ticket.history["copies"] == 14 + 2 * (attempts - 1) == ticket.layers[0].copies
+        bound = [layer.weight_error for layer in propagate(ticket.fold(), ticket.box).layers]
+        assert max(bound) <= 1e-3 * (1 + 1e-9)
 
     def test_accepting_is_recorded_and_certified(self, small_net):
         finder = _Starved(weight_eps=1e-3, refine=1, growth=0, on_failure="accept")

@@ -295,7 +295,28 @@ def test_bad_requests_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_networks_of_transformers_are_pruned_in_memory() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3
+    )
+    model = transformers.ResNetForImageClassification(config)
+    training = {"steps": 2, "batch": 4, "distil": 0.5}
+    report = secateur.prune_vision(model, pairs(side=32), target=0.4, training=training).report
+    assert report["totals"]["delivered"] >= 0.4
+
+
 def test_a_network_that_gives_no_classes_is_refused() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.conv(x), 1
+
+    with pytest.raises(UsageError, match="no logits in it"):
+        secateur.prune_vision(Pair(), pairs(), target=0.5)
     with pytest.raises(UsageError, match="a classifier"):
         secateur.prune_vision(nn.Conv2d(1, 3, 3), pairs(), target=0.5)
 

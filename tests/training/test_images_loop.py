@@ -1,49 +1,22 @@
 """The loop on images: batches, accumulation, and the statistics of batch norms on resume."""
 
-import hashlib
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur.data.batches import ImageBatch, Shuffled
+from secateur.data.images import ImageSet, Preprocess
 from secateur.training.batchnorm import KeptBuffers
 from secateur.training.hooks import classification_loss
 from secateur.training.loop import fit
 from secateur.training.settings import TrainSettings
 
 
-@dataclass(frozen=True)
-class Images:
-    pixels: Tensor
-    labels: Tensor
-    unit = "images"
-    length = 1
-
-    def __len__(self):
-        return len(self.labels)
-
-    def order(self, seed):
-        return Shuffled(self, seed)
-
-    @property
-    def fingerprint(self):
-        return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
-
-    def scored(self, rows):
-        return len(rows)
-
-    def batch(self, rows):
-        return ImageBatch(self.pixels[list(rows)], self.labels[list(rows)])
-
-
 def images(count=24):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % 3
-    return Images(
-        torch.randn(count, 1, 6, 6, generator=generator) + labels[:, None, None, None], labels
-    )
+    noise = torch.randn(count, 1, 6, 6, generator=generator) + labels[:, None, None, None]
+    pixels = (128 + 40 * noise).clamp(0, 255).to(torch.uint8)
+    return ImageSet("made", labels, tuple("abc"), pixels, preprocess=Preprocess((128.0,), (40.0,)))
 
 
 def net():

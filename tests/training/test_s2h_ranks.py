@@ -47,7 +47,7 @@ def trained(rank, parted=False):
         for parameter in net.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     options = Learning(flops=0.5, lr=0.02, momentum=0.5, init="normal", seed=rank)
-    widths = LearnedWidths(net, channel_groups(net, images.pixels[:1]), options)
+    widths = LearnedWidths(net, channel_groups(net, images.example), options)
     try:
         fit(net, images, settings(micro_batch=3), loss=widths.loss(), hooks=[widths, Parted()])
     except SecateurError as error:

@@ -1,17 +1,17 @@
 """S2HPruner: what reaches weights and masks, the FLOPs it lands on, the toy ordering, resuming."""
 
 import copy
-import hashlib
 import itertools
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from secateur.data.batches import ImageBatch, Shuffled
+from secateur.data.batches import ImageBatch
+from secateur.data.image_sources import read_images
+from secateur.data.images import ImageSet, Preprocess
 from secateur.errors import NumericsError, UsageError
 from secateur.models.channel_graph import channel_groups
 from secateur.models.vision.mobilenet import MobileNet
@@ -23,35 +23,17 @@ from secateur.training.s2hpruner import LearnedWidths
 from secateur.training.settings import TrainSettings
 
 
-@dataclass(frozen=True)
-class Images:
-    pixels: Tensor
-    labels: Tensor
-    unit = "images"
-    length = 1
-
-    @property
-    def fingerprint(self):
-        return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def order(self, seed):
-        return Shuffled(self, seed)
-
-    def scored(self, rows):
-        return len(rows)
-
-    def batch(self, rows):
-        return ImageBatch(self.pixels[list(rows)], self.labels[list(rows)])
-
-
 def some_images(count=48, size=8):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % 4
     noise = torch.randn(count, 1, size, size, generator=generator)
-    return Images(noise + labels[:, None, None, None] / 2, labels)
+    pixels = (128 + 40 * (noise + labels[:, None, None, None] / 2)).clamp(0, 255)
+    scale = Preprocess((128.0,), (40.0,))
+    return ImageSet("made", labels, tuple("abcd"), pixels.to(torch.uint8), preprocess=scale)
+
+
+def pixels_of(images):
+    return images.batch(range(len(images))).pixels
 
 
 def small_net(seed=0):
@@ -64,7 +46,7 @@ def small_net(seed=0):
 
 
 def groups_of(net, images=None):
-    return channel_groups(net, (images or some_images()).pixels[:1])
+    return channel_groups(net, (images or some_images()).example)
 
 
 def settings(**changes):
@@ -91,7 +73,8 @@ def gradients(**options):
     )
     net.train()
     widths.before_forward(Fake(net))
-    batch = ImageBatch(images.pixels[:8].double(), images.labels[:8])
+    batch = images.batch(range(8))
+    batch = ImageBatch(batch.pixels.double(), batch.labels)
     widths.loss()(net, batch).backward()
     weights = {n: p.grad for n, p in net.named_parameters()}
     return weights, {k: u.grad for k, u in widths.logits.items()}, widths._gap
@@ -125,7 +108,8 @@ def test_a_step_is_four_separate_calls_of_autograd():
     widths = LearnedWidths(net, groups_of(small_net()), Learning(flops=0.5, init="normal"))
     net.train()
     widths.before_forward(Fake(net))
-    pixels, labels = images.pixels[:8].double(), images.labels[:8]
+    batch = images.batch(range(8))
+    pixels, labels = batch.pixels.double(), batch.labels
     with widths.paths.soft(widths.gates()):
         soft = net(pixels)
     hard = widths.paths.hard(widths.kept(), pixels)
@@ -157,7 +141,7 @@ def test_a_settled_distribution_has_no_gap():
     widths.rank()
     for u in widths.logits.values():
         u.data.fill_(-100.0)[len(u) // 2] = 100.0
-    gap = measure_gap(widths, [images.pixels], [images.batch(range(48))])
+    gap = measure_gap(widths, [pixels_of(images)], [images.batch(range(48))])
     assert gap.divergence < 1e-8
     assert gap.distance < 1e-4
     assert gap.soft == gap.hard
@@ -178,7 +162,7 @@ def test_flops_are_those_of_the_sliced_network_for_every_width():
             assert size == len(widths.logits[key])
         assert widths.chosen() == {first: a, second: b}
         sliced = copy.deepcopy(widths)
-        cut(sliced, [some_images().pixels])
+        cut(sliced, [pixels_of(some_images())])
         counted = groups_of(sliced.model).flops()
         assert math.isclose(widths.flops_share(), counted / groups.flops(), rel_tol=1e-9)
         # ... by hand: 64 positions of 9 taps, 16 of 9 a, and the classifier.
@@ -226,26 +210,23 @@ def test_flops_alone_settle_within_the_tolerance(target, init):
 
 def toy(variant, flops, seed, epochs=40):
     """Digits with noise, an MLP 64-64, as in the measurement this ordering comes from."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x, y = torch.tensor(pixels).float()[order] / 16, torch.tensor(labels)[order]
-    train = Images(x[:1200], y[:1200])
+    pytest.importorskip("sklearn")
+    scale = Preprocess((0.0,), (16.0,))
+    train, test = (read_images("digits", part, preprocess=scale) for part in ("train", "test"))
     torch.manual_seed(seed)
     net = nn.Sequential(
-        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
     )
     options = Learning(flops=flops, divisor=2, relax=0.02, lr=0.02, **variant)
     widths, _ = learn_widths(
-        net, channel_groups(net, x[:1]), train,
+        net, channel_groups(net, train.example), train,
         settings(
-            steps=19 * epochs, batch=64, clip=None, weight_decay=5e-4, seed=seed,
+            steps=22 * epochs, batch=64, weight_decay=5e-4, seed=seed,
             checkpoint_every=None,
         ),
         options, augment=lambda images: images + 0.3 * torch.randn_like(images),
     )  # fmt: skip
-    gap = measure_gap(widths, [], [ImageBatch(x[1200:], y[1200:])])
+    gap = measure_gap(widths, [], test.batches())
     assert abs(widths.flops_share() - flops) <= 0.02
     return gap
 
@@ -263,14 +244,14 @@ def assert_the_safe_order(flops, seed, points):
 
 
 def test_the_gap_of_plain_mask_training_is_bridged_at_12_percent():
-    ours = assert_the_safe_order(0.12, 0, 0.08)
+    ours = assert_the_safe_order(0.12, 0, 0.05)
     assert ours.soft - toy(HARD, 0.12, 0).soft >= 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_gap_is_bridged_with_other_seeds(seed):
-    assert_the_safe_order(0.12, seed, 0.08)
+    assert_the_safe_order(0.12, seed, 0.05)
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -335,7 +316,7 @@ def test_every_variant_trains_and_is_cut_to_its_target(options):
     widths, record = learn(**options)
     assert all(map(math.isfinite, [record["first_loss"], record["last_loss"]]))
     before = widths.all_flops
-    structure = cut(widths, [images.pixels])
+    structure = cut(widths, [pixels_of(images)])
     assert structure.gone
     assert abs(groups_of(widths.model).flops() / before - widths.flops_share()) < 1e-9
 
@@ -346,8 +327,8 @@ def test_a_vision_transformer_loses_heads_channels_and_width():
     kinds = {g.kind for g in widths.groups.prunable}
     assert kinds == {"head", "channel", "stem"}
     gap = measure_gap(widths, [], [images.batch(range(48))])
-    cut(widths, [images.pixels])
-    right = (widths.model(images.pixels).argmax(-1) == images.labels).float().mean()
+    cut(widths, [pixels_of(images)])
+    right = (widths.model(pixels_of(images)).argmax(-1) == images.targets).float().mean()
     assert math.isclose(float(right), gap.hard, abs_tol=1e-6)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -74,10 +75,17 @@ class Shuffled:
         chosen: list[int] = []
         while len(chosen) < count:
             turn, offset = divmod(start + len(chosen), n)
-            order = list(range(n))
-            random.Random(f"{self.seed}/{turn}").shuffle(order)
+            order = _permutation(n, self.seed, turn)
             chosen += order[offset : offset + count - len(chosen)]
         return chosen
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, turn: int) -> tuple[int, ...]:
+    """The order of one pass; kept, since every step of the pass asks for it."""
+    order = list(range(count))
+    random.Random(f"{seed}/{turn}").shuffle(order)
+    return tuple(order)
 
 
 class Data(Protocol):

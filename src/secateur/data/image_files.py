@@ -64,11 +64,11 @@ def decode(path: Path, channels: int, how: Preprocess) -> Tensor:
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
-def augmentation(name: str, size: int) -> Augment | None:
+def augmentation(name: str, height: int, width: int) -> Augment | None:
     """Random changes of training images, by name; None for ``none``.
 
     Args:
-        size: side of the images.
+        height, width: of the images.
 
     Raises:
         UsageError: no such name. MissingExtra: Kornia is not installed.
@@ -83,7 +83,7 @@ def augmentation(name: str, size: int) -> Augment | None:
         raise MissingExtra("kornia", "vision", "augmentation of images") from error
     parts: list[Any] = []
     if name in ("shift", "crop-flip"):
-        parts.append(kornia.RandomCrop((size, size), padding=max(1, size // 8)))
+        parts.append(kornia.RandomCrop((height, width), padding=max(1, min(height, width) // 8)))
     if name in ("flip", "crop-flip"):
         parts.append(kornia.RandomHorizontalFlip())
     changes: Augment = kornia.AugmentationSequential(*parts, data_keys=["input"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.data.images import ImageSet
 from secateur.errors import NumericsError, UsageError
 from secateur.models.state import evaluating
+from secateur.models.vision.outputs import logits_of
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def accuracy(model: nn.Module, images: ImageSet, batch: int = 64) -> Accuracy:
     with evaluating(model):
         for part in images.batches(batch):
             part = part.to(place.device)
-            logits = model(part.pixels.to(place.dtype)).float()
+            logits = logits_of(model(part.pixels.to(place.dtype))).float()
             check_classes(logits, images)
             if not torch.isfinite(logits).all():
                 raise NumericsError("a logit is not finite", field="model")

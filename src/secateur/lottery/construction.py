@@ -340,7 +340,8 @@ class Construction(ABC):
                 output = pools.first_out[chosen] + found.output
                 kept.append(np.stack([chosen, output, pools.columns[chosen], found.neuron]))
             record["empty_slots"] += empty
-            if not failed.any() or attempt == self.attempts - 1:
+            # Copies of an input are as many as the layer before has.
+            if not failed.any() or attempt == self.attempts - 1 or pools.carried[failed].any():
                 break
             todo = failed.nonzero()[0]
             record["grown_pools"] += len(todo)
@@ -352,13 +353,13 @@ class Construction(ABC):
             kept = [edges[:, ~failed[edges[0]]] for edges in kept]
         if failed.any():
             record["failed_weights"] = short
-            self._report_failure(task, short, progress)
+            self._report_failure(task, short, attempt, progress)
         return self._layer(plan, pools, np.concatenate(kept, axis=1) if kept else None), record
 
-    def _report_failure(self, task: Task, short: int, progress: Progress) -> None:
+    def _report_failure(self, task: Task, short: int, grown: int, progress: Progress) -> None:
         message = (
             f"layer {task.number}: {short} weights are further than {task.weight_eps:.3g} from their "
-            f"target after {self.attempts - 1} enlargements of their pools"
+            f"target after {grown} enlargements of their pools"
         )
         if self.on_failure == "raise":
             raise SecateurError(

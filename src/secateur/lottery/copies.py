@@ -20,7 +20,7 @@ from secateur.errors import SecateurError, UsageError
 from secateur.lottery.construction import Construction, Found, Plan, Task
 from secateur.lottery.laws import Law
 from secateur.lottery.network import Box, TargetNetwork
-from secateur.lottery.search import Floats, Pools, subsets
+from secateur.lottery.search import Floats, Ints, Pools, subsets
 from secateur.lottery.sizing import check_whole
 from secateur.lottery.subset_sum import MOST, REACH, default_products, edges_of, pool_for
 from secateur.lottery.ticket import Ticket
@@ -33,7 +33,8 @@ class CopyTicket(Construction):
 
     Attributes:
         copies: of every hidden neuron (the published code has 15); by default
-            log2(w_max / eps) + 14. Enlarged by two, at most ``growth`` times, if it fails.
+            log2(w_max / eps) + 14. Enlarged by two, at most ``growth`` times, if they do not do;
+            so are, one by one, the pools in front of the first layer and under the biases.
     """
 
     name: ClassVar[str] = "copies"
@@ -75,16 +76,20 @@ class CopyTicket(Construction):
         self, pools: Pools, plan: Plan, sign: int, demand: Floats, engine: str, attempt: int
     ) -> Found:
         """Nearest subsets; fewest products first."""
-        n = max(plan.products, plan.carried)
+        n = min(max(plan.products, plan.carried) + 2 * attempt, MOST)
         return edges_of(subsets(pools, sign, demand, n, 4, plan.tolerance, engine), demand, plan)
+
+    def grow(self, sizes: Ints) -> Ints:
+        """Room for two further products; only pools that are no copies grow."""
+        return sizes + 8
 
     def _fit(
         self, target: TargetNetwork, box: Box, seed: int, tasks: list[Task], progress: Progress
     ) -> Ticket:
-        """All layers share the number of copies, so a failure enlarges the whole network."""
+        """All layers share the number of copies: too few of them enlarge the whole network."""
         rho = self._plans(tasks)[0].products
         for attempt in range(self.growth + 1):
-            wider = replace(self, copies=min(rho + 2 * attempt, MOST), growth=0)
+            wider = replace(self, copies=min(rho + 2 * attempt, MOST))
             try:
                 ticket = Construction._fit(wider, target, box, seed, tasks, progress)
             except SecateurError as failure:

@@ -24,6 +24,7 @@ methods: Registry[type[Described]] = Registry(
         "channel-l2": "secateur.methods.channel_norms:ChannelL2",
         "channel-fpgm": "secateur.methods.channel_norms:ChannelFPGM",
         "channel-random": "secateur.methods.channel_norms:ChannelRandom",
+        "s2hpruner": "secateur.methods.s2hpruner:S2HPruner",
     },
     group="secateur.methods",
 )

@@ -147,7 +147,8 @@ def _livened(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def _first(output: Any) -> Tensor:
-    """The first tensor of an output, in float32."""
+    """The first tensor of an output (its logits, where it says so), in float32."""
+    output = getattr(output, "logits", output)
     while not isinstance(output, Tensor):
         output = next(iter(output.values() if isinstance(output, dict) else output))
     return output.float()

@@ -13,7 +13,10 @@ from secateur.files import finite
 from secateur.report import charts, facts, words
 from secateur.report.charts import Bar, Column
 
-PICTURES: dict[str, str] = {"deprune": "secateur.report.depthwise:pictures"}
+PICTURES: dict[str, str] = {
+    "deprune": "secateur.report.depthwise:pictures",
+    "s2hpruner": "secateur.report.widths:pictures",
+}
 """Method -> ``module:function`` that draws what only it has: result -> [(heading, caption, chart)]."""
 
 _STAGES = {

@@ -12,25 +12,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from secateur import __version__
-from secateur.data.batches import Batch, Data
-from secateur.data.stream import open_stream
-from secateur.data.texts import Text
+from secateur.data.batches import Batch
 from secateur.data.windows import Windows, evaluation_windows
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import perplexity
 from secateur.export.huggingface import reference_logits
 from secateur.export.loading import load_pruned
+from secateur.masks.structured import StructuredMask, remember, structure_of
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import Loaded, load
-from secateur.models.saving import block_state, outside_state
-from secateur.models.saving import cast as cast_state
-from secateur.models.shards import INDEX, write_index, write_shard
+from secateur.models.saving import block_state, outside_state, write_parts
+from secateur.models.shards import INDEX, write_index
 from secateur.models.state import evaluating, quiet
 from secateur.models.structured_saving import Form, form_of, save_words
 from secateur.models.surgery import keep_original_config
@@ -40,6 +37,7 @@ from secateur.recipe import Evaluation, Recipe
 from secateur.recipe_parts import Pretraining
 from secateur.run.folder import RunFolder, writable
 from secateur.run.pretraining_results import Before, assemble_pretraining
+from secateur.run.pretraining_setup import data_of, identity_of, options_of, relevant, settings_of
 from secateur.run.ranks import Ranks
 from secateur.run.recovered import drop_checkpoints
 from secateur.run.recovery import round_to_stored
@@ -49,15 +47,10 @@ from secateur.run.structured_saving import reopen_structured
 from secateur.run.verifying import PROBE, PROBE_TOKENS
 from secateur.tensorfile import save_tensors
 from secateur.training.distil import distillation_loss
-from secateur.training.efficientllm import PruneOptions, PruningAware
+from secateur.training.efficientllm import PruningAware
 from secateur.training.loop import Loss, fit, next_token_loss
 from secateur.training.perp import recomputing
-from secateur.training.prune_schedule import PruneSchedule
 from secateur.training.settings import TrainSettings
-from secateur.training.unit_choice import Rules
-
-_FREE = ("checkpoint_every", "epochs", "micro_batch")
-"""Settings that may change when a training is taken up again."""
 
 
 def pretrain_model(
@@ -96,15 +89,15 @@ def pretrain_model(
     model = loaded.model
     keep_original_config(model)
     length = loaded.window(spec.length, "pretraining.length")
-    settings = _settings(spec, length)
-    hook = PruningAware(_options(spec, settings, length, model))
+    settings = settings_of(spec, length)
+    hook = PruningAware(options_of(spec, settings, length, model))
     hook.prepare(model)
     windows = _windows(evaluation, loaded)
     start = time.perf_counter()
     with ExitStack() as stack:
         folder = None
         if out is not None:
-            mark = _identity(loaded, spec, ranks)
+            mark = identity_of(loaded, spec, ranks)
             if ranks.leads:
                 folder = stack.enter_context(RunFolder(out, mark, fresh=fresh))
             ranks.barrier()
@@ -113,9 +106,7 @@ def pretrain_model(
             if found is not None:
                 return found
             folder.event("started", model=loaded.name, budget=hook.options.budget)
-        data = _data(
-            spec, loaded, length, settings, text, folder if ranks.leads else None, progress
-        )
+        data = data_of(spec, loaded, length, settings, text, folder, progress)
         before = _before(model, windows, folder, ranks, spec, length, progress)
         teacher = deepcopy(model) if spec.distil else None
         loss: Loss = next_token_loss
@@ -131,7 +122,7 @@ def pretrain_model(
                 validate=None if windows is None else lambda: _loss(model, windows, settings),
                 folder=None if folder is None else folder.inner / "training",
                 fresh=fresh,
-                identity=_relevant(spec),
+                identity=relevant(spec),
                 progress=progress,
                 label="pretraining",
             )
@@ -139,6 +130,8 @@ def pretrain_model(
         if not ranks.leads:
             ranks.barrier()
             return Result(model, loaded.tokenizer, {}, {}, out)
+        if structure_of(model) is None:  # a budget of everything: the manifest says so
+            remember(model, StructuredMask())
         round_to_stored(model, loaded.stored)
         form, reopened = form_of(model), None
         if folder is not None:
@@ -221,128 +214,6 @@ def _opened(
         loaded.model.float()
         loaded.stored = held
     return loaded
-
-
-def _settings(spec: Pretraining, length: int) -> TrainSettings:
-    return TrainSettings(
-        steps=max(1, -(-spec.tokens // (spec.batch * length))),
-        lr=spec.lr,
-        batch=spec.batch,
-        micro_batch=spec.micro_batch,
-        warmup=spec.warmup,
-        schedule=spec.schedule,
-        weight_decay=spec.weight_decay,
-        clip=spec.clip,
-        seed=spec.seed,
-        checkpoint_every=spec.checkpoint_every,
-        validate_every=spec.validate_every,
-        precision=spec.precision,
-    )
-
-
-def _options(
-    spec: Pretraining, settings: TrainSettings, length: int, model: nn.Module
-) -> PruneOptions:
-    if settings.steps < 3:
-        raise UsageError(
-            f"{spec.tokens:,} tokens are {settings.steps} steps of {spec.batch} x {length}, and "
-            "there is one before anything goes and one to choose in",
-            field="pretraining.tokens",
-            value=spec.tokens,
-            fix=f"at least {3 * spec.batch * length:,}, or a smaller batch or length",
-        )
-    start = max(1, round(spec.prune_from * settings.steps))
-    schedule = PruneSchedule(
-        spec.prune_pace,
-        start=start,
-        stop=max(start + 1, round(spec.prune_until * settings.steps)),
-        every=spec.prune_every,
-    )
-    if spec.prune_from >= spec.prune_until:
-        raise UsageError(
-            "pruning would end before it begins",
-            field="pretraining.prune_until",
-            value=spec.prune_until,
-            fix=f"more than prune_from ({spec.prune_from:g})",
-        )
-    rules = Rules(
-        normalize=spec.normalize,
-        layer_mode=spec.layer_mode,
-        min_heads=spec.min_heads,
-        min_ffn=spec.min_ffn,
-        min_width=spec.min_width,
-        round_to=spec.round_to,
-        costs={str(k): v for k, v in spec.costs.items()},
-    )
-    return PruneOptions(
-        budget=spec.budget(sum(p.numel() for p in model.parameters())),
-        schedule=schedule,
-        rules=rules,
-        kinds=spec.kinds,
-        gqa=spec.gqa,
-        saliency=spec.saliency,
-        memory=spec.memory,
-        second_order=spec.second_order,
-        damping=spec.damping,
-        hessian_tokens=spec.hessian_tokens,
-        compact_every=spec.compact_every,
-        context=length,
-    )
-
-
-def _relevant(spec: Pretraining) -> dict[str, Any]:
-    """What the result depends on."""
-    values = spec.model_dump(mode="json")
-    return {f"pretraining.{k}": v for k, v in values.items() if k not in _FREE}
-
-
-def _identity(loaded: Loaded, spec: Pretraining, ranks: Ranks) -> dict[str, Any]:
-    return {
-        "secateur": __version__,
-        "pretrains": loaded.fingerprint,
-        "threads": torch.get_num_threads(),
-        "ranks": ranks.world,
-        **_relevant(spec),
-    }
-
-
-def _data(
-    spec: Pretraining,
-    loaded: Loaded,
-    length: int,
-    settings: TrainSettings,
-    text: Any,
-    folder: RunFolder | None,
-    progress: Progress,
-) -> Data:
-    """The text as a source of windows; one given in memory as it is."""
-    source = spec.text if text is None else text
-    if isinstance(source, Windows):
-        return source
-    if hasattr(source, "order"):
-        return cast(Data, source)
-    if text is not None:
-        source = Text.of([str(document) for document in text], "documents")
-    index = None if folder is None else folder.inner / "stream.jsonl"
-    known = index is not None and index.exists()
-    try:
-        return open_stream(
-            source,
-            loaded.tokenizer,
-            length,
-            field=spec.field,
-            separator=spec.separator,
-            tokens=settings.steps * settings.batch * length,
-            epochs=spec.epochs,
-            seed=spec.seed,
-            vocabulary=loaded.vocabulary,
-            index=index,
-            progress=progress,
-        )
-    except UsageError:
-        if index is not None and not known:
-            index.unlink(missing_ok=True)  # a request that was refused leaves no trace
-        raise
 
 
 def _windows(evaluation: Evaluation | None, loaded: Loaded) -> Windows | None:
@@ -458,13 +329,7 @@ def _saved(
     view = ModelView.of(model)
     parts = {f"model-block-{b.index:05d}.safetensors": block_state(view, b) for b in view.blocks}
     parts["model-outside.safetensors"] = outside_state(view)
-    places: dict[str, str] = {}
-    size = 0
-    for name, state in parts.items():
-        state = cast_state(state, loaded.stored)
-        write_shard(path / name, state)
-        places |= dict.fromkeys(state, name)
-        size += sum(t.nbytes for t in state.values())
+    places, size = write_parts(path, parts, loaded.stored)
     facts = {"method": "efficientllm", "parameters": hook.parameters}
     save_words(path, model, loaded.tokenizer, facts, loaded.stored, form)
     write_index(path, places, size)

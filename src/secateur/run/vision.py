@@ -23,6 +23,7 @@ from secateur.evaluation.accuracy import Accuracy, accuracy
 from secateur.masks.structured import StructuredMask
 from secateur.methods.vision_base import VisionJob, VisionOutcome
 from secateur.models.vision.loading import MANIFEST, VisionModel
+from secateur.models.vision.outputs import logits_of
 from secateur.models.vision.saving import reopen_vision, save_vision
 from secateur.progress import SILENT, Progress
 from secateur.recipe_vision import VisionRecipe
@@ -241,9 +242,9 @@ def distilled(dense: nn.Module, weight: float, temperature: float) -> Loss:
     dense.eval().requires_grad_(False)
 
     def loss(model: nn.Module, batch: ImageBatch) -> Tensor:
-        logits = model(batch.pixels)
+        logits = logits_of(model(batch.pixels))
         with torch.no_grad():
-            wanted = dense(batch.pixels)
+            wanted = logits_of(dense(batch.pixels))
         divergence = logit_kl(logits, wanted, temperature).mean()
         return weight * divergence + (1 - weight) * F.cross_entropy(logits.float(), batch.labels)
 

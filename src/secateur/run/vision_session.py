@@ -25,6 +25,7 @@ from secateur.models.channel_check import check_groups
 from secateur.models.channel_graph import ChannelGroups, channel_groups
 from secateur.models.loading import device_of
 from secateur.models.vision.loading import VisionModel, load_vision
+from secateur.models.vision.outputs import logits_of
 from secateur.progress import SILENT, Progress
 from secateur.recipe_vision import VisionRecipe, VisionTraining
 from secateur.training.settings import TrainSettings
@@ -71,7 +72,7 @@ class VisionSession:
 
     def changed(self, spec: VisionTraining) -> ImageSet:
         """The training images with the changes the recipe asks for."""
-        return replace(self.train, augment=augmentation(spec.augment, self.train.shape[-1]))
+        return replace(self.train, augment=augmentation(spec.augment, *self.train.shape[1:]))
 
 
 def vision_method(name: str, options: dict[str, Any] | None = None) -> VisionMethod:
@@ -227,7 +228,8 @@ def find_groups(recipe: VisionRecipe, model: nn.Module, train: ImageSet) -> Chan
     structure = recipe.structure
     groups = channel_groups(model, example, unknown=structure.unknown)
     with torch.no_grad():
-        check_classes(model(train.batch([0]).pixels.to(next(model.parameters()).device)), train)
+        place = next(model.parameters()).device
+        check_classes(logits_of(model(train.batch([0]).pixels.to(place))), train)
     groups = check_groups(model, groups, example)
     alone: dict[str, str] = {}
     for glob in structure.protect:

@@ -12,6 +12,7 @@ from secateur.masks.structured import StructuredMask, remember
 from secateur.methods.vision_base import VisionOutcome
 from secateur.models.channel_surgery import shrink_channels
 from secateur.models.vision.loading import add_biases
+from secateur.models.vision.outputs import logits_of
 from secateur.run.folder import RunFolder
 from secateur.run.vision_session import VisionSession
 from secateur.tensorfile import opened, save_tensors
@@ -80,5 +81,5 @@ def probe(session: VisionSession, count: int = 4) -> tuple[Tensor, Tensor]:
     """A few images as input, and the logits the network gives for them, on the CPU."""
     images = session.test or session.train
     pixels = images.first(count).batch(range(min(count, len(images)))).pixels
-    logits: Tensor = session.model.eval()(pixels.to(session.device))
+    logits = logits_of(session.model.eval()(pixels.to(session.device)))
     return pixels, logits.float().cpu()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.data.batches import Batch, ImageBatch
+from secateur.models.vision.outputs import logits_of
 from secateur.training import checkpoint
 from secateur.training.settings import TrainSettings
 
@@ -151,7 +152,7 @@ def autocasted(x: Tensor) -> Tensor:
 
 def classification_loss(model: nn.Module, batch: ImageBatch) -> Tensor:
     """Mean cross-entropy (nats) of the images' labels; the model gives logits (B, classes)."""
-    return F.cross_entropy(model(batch.pixels).float(), batch.labels)
+    return F.cross_entropy(logits_of(model(batch.pixels)).float(), batch.labels)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -26,6 +26,7 @@ class Learning:
         tau: temperature of the distributions.
         init, init_std, init_share: where they start, see ``width_masks.first_logits``.
         divisor: units in a step of width; default a 32nd of the group.
+        at_least: units that stay in every group.
         multiple: the hard network's widths are rounded up to it.
         order: units are ranked by ``l1`` in every step, once (``fixed``), or as they stand.
         distillation: ``t1`` ... ``t6``, ``one-way`` or ``none``, see ``soft_hard``.
@@ -42,7 +43,7 @@ class Learning:
 
     flops: float
     relax: float = 0.01
-    lr: float = 0.1
+    lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 0.0
     tau: float = 1.0
@@ -50,6 +51,7 @@ class Learning:
     init_std: float = 0.01
     init_share: float | None = None
     divisor: int | None = None
+    at_least: int = 1
     multiple: int = 1
     order: Order = "l1"
     distillation: Distillation = "t1"
@@ -86,7 +88,7 @@ class Learning:
                 value=self.freeze,
                 fix=f"below {1 - self.warmup:g}",
             )
-        for name in ("multiple", "gap_every"):
+        for name in ("at_least", "multiple", "gap_every"):
             if getattr(self, name) < 1:
                 raise UsageError("must be at least 1", field=name, value=getattr(self, name))
         for name, kinds in (

@@ -40,6 +40,7 @@ from secateur.training.width_masks import (
     expected_width,
     expected_width_gradient,
     first_logits,
+    lifted,
     unit_masks,
     width_probabilities,
 )
@@ -51,6 +52,36 @@ SETTLING = 500
 WATCHED = ("step", "flops", "divergence", "soft", "hard")
 """What is noted of a training, before the widths: share of the FLOPs, Jensen-Shannon divergence
 (nats) and accuracies of both networks over the training images since the last note."""
+
+
+def width_choices(groups: ChannelGroups, options: Learning) -> dict[str, Tensor]:
+    """Candidate widths of every group that can be narrowed.
+
+    Raises:
+        UsageError: there is none; a target below what the narrowest widths cost.
+    """
+    widths: dict[str, Tensor] = {}
+    for group in groups.prunable:
+        found = candidate_widths(group.n_units, options.divisor, options.at_least)
+        if len(found) > 1:
+            widths[group.key] = found
+    if not widths:
+        raise UsageError(
+            "no group of this network can be narrowed",
+            field="structure",
+            value="prunable groups: 0",
+        )
+    narrow = {k: chosen_width(float(w[0]), int(w[-1]), options.multiple) for k, w in widths.items()}
+    floor = float(groups.flops(narrow)) / float(groups.flops())
+    if options.flops < floor - options.relax:
+        raise UsageError(
+            f"the narrowest widths still cost {floor:.3f} of the FLOPs",
+            field="flops",
+            value=options.flops,
+            fix=f"at least {math.ceil(1000 * floor) / 1000:g} left, a smaller divisor, or more kinds "
+            "of groups",
+        )
+    return widths
 
 
 class LearnedWidths(Hook):
@@ -69,14 +100,7 @@ class LearnedWidths(Hook):
         self.model, self.groups, self.options = model, groups, options
         self.paths = DualPath(model, groups)
         self.device = next(model.parameters()).device
-        self.widths: dict[str, Tensor] = {}
-        for group in groups.prunable:
-            if options.divisor is None and group.n_units < 2:
-                continue
-            self.widths[group.key] = candidate_widths(group.n_units, options.divisor)
-        if not self.widths:
-            raise UsageError("no group of this model can be narrowed", field="model",
-                             value=type(model).__name__)  # fmt: skip
+        self.widths = width_choices(groups, options)
         generator = torch.Generator().manual_seed(options.seed)
         self.logits = {
             key: first_logits(
@@ -94,19 +118,6 @@ class LearnedWidths(Hook):
         self._gap: dict[str, Tensor] = {}
         self._fused: dict[str, Tensor] = {}
         self._broken = ""
-        self._check_target()
-
-    def _check_target(self) -> None:
-        narrow = {k: chosen_width(float(w[0]), int(w[-1]), self.options.multiple)
-                  for k, w in self.widths.items()}  # fmt: skip
-        floor = float(self.groups.flops(narrow)) / self.all_flops
-        if self.options.flops < floor - self.options.relax:
-            raise UsageError(
-                f"the narrowest widths still cost {floor:.3f} of the FLOPs",
-                field="flops",
-                value=self.options.flops,
-                fix=f"at least {math.ceil(1000 * floor) / 1000:g}, or a smaller divisor",
-            )
 
     # -- the masks as they are -------------------------------------------------------------------
 
@@ -280,13 +291,16 @@ class LearnedWidths(Hook):
             for key, gradient in self._fused.items():
                 u, speed = self.logits[key], self.speed[key]
                 speed.mul_(self.options.momentum).add_(gradient + self.options.weight_decay * u)
-                u.copy_(centred(u - rate * speed, self.options.centre))
+                self._move(u, rate * speed)
                 u.grad = None
             if at.done >= 1 - self.options.freeze:
                 self.settle()
         self._gap, self._fused, self._counted = {}, {}, 0
         if at.step % max(1, at.settings.steps // 100) == 0 or at.step == at.settings.steps:
             self._note(at)
+
+    def _move(self, u: Tensor, by: Tensor) -> None:
+        u.copy_(centred(lifted(u - by, self.options.tau), self.options.centre))
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -304,8 +318,7 @@ class LearnedWidths(Hook):
             if off <= relax / 2 or size == 0 or (least <= relax and idle >= 50):
                 break
             for key, gradient in gradients.items():
-                u = self.logits[key]
-                u.copy_(centred(u - rate * gradient / size, self.options.centre))
+                self._move(self.logits[key], rate * gradient / size)
             rate *= 0.99
         for key, u in best.items():
             self.logits[key].copy_(u)

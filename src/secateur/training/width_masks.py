@@ -34,12 +34,15 @@ STEPS = 32
 _EXACT = 1e-4
 """An expected width so little above a whole number is that number (float32 sums of p)."""
 
+_DEEPEST = 20.0
 
-def candidate_widths(size: int, divisor: int | None = None) -> Tensor:
+
+def candidate_widths(size: int, divisor: int | None = None, at_least: int = 1) -> Tensor:
     """Widths a group of ``size`` units may have, (n,) int64, ascending, the last being ``size``.
 
     Args:
         divisor: units in a step; lowered until it divides ``size``. Default: ``size / 32``.
+        at_least: the first width is no smaller.
 
     Raises:
         UsageError: a divisor below 1, or so large that only the full width is left.
@@ -59,7 +62,7 @@ def candidate_widths(size: int, divisor: int | None = None) -> Tensor:
         )
     while size % step:
         step -= 1
-    return torch.arange(step, size + 1, step)
+    return torch.arange(step * -(-min(max(at_least, step), size) // step), size + 1, step)
 
 
 def width_probabilities(logits: Tensor, tau: float = 1.0) -> Tensor:
@@ -112,6 +115,14 @@ def step_mask_gradient(p: Tensor, tau: float = 1.0) -> Tensor:
     return p * (reached - step_masks(p)[:, None]) / tau
 
 
+def lifted(logits: Tensor, tau: float = 1.0) -> Tensor:
+    """Logits none of which is so low that its width could never come back.
+
+    A probability of e^-20 changes nothing in the masks (2e-9 a step) and still has a gradient.
+    """
+    return torch.maximum(logits, logits.max() - _DEEPEST * tau)
+
+
 def centred(logits: Tensor, how: Centre = "mean") -> Tensor:
     """Logits of the same distribution whose 2-norm (``mean``) or largest one (``mid-range``) is least."""
     if how == "mean":
@@ -150,6 +161,8 @@ def first_logits(
             "unknown start", field="init", value=init, fix=f"one of {', '.join(get_args(Init))}"
         )
     n, size, first = len(widths), int(widths[-1]), int(widths[0])
+    if n == 1:
+        return torch.zeros(1)
     if init == "normal":
         return torch.randn(n, generator=generator) * std
     if init == "zeros":

@@ -17,6 +17,7 @@ from secateur.masks.structured import StructuredMask, structure_of
 from secateur.models.attention_heads import QkvAttention
 from secateur.models.state import evaluating
 from secateur.models.vision.loading import FORMAT, MANIFEST, WEIGHTS, VisionModel, load_vision
+from secateur.models.vision.outputs import logits_of
 from secateur.tensorfile import save_tensors
 
 
@@ -77,7 +78,7 @@ def reopen_vision(folder: Path, pixels: Tensor, logits: Tensor) -> dict[str, Any
     """
     model = load_vision(folder).model
     with evaluating(model):
-        found = model(pixels)
+        found = logits_of(model(pixels))
     scale = float(logits.abs().max()) or 1.0
     far = float((found - logits).abs().max()) if found.shape == logits.shape else float("inf")
     if not far <= 1e-4 * scale:
