@@ -85,7 +85,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows: list[dict] = []
-    layer(*LAYERS[1], 30, False)  # the allocator learns what sizes come, which is slow the first time
+    layer(
+        *LAYERS[1], 30, False
+    )  # the allocator learns what sizes come, which is slow the first time
     for shape in LAYERS:
         rows.append(layer(*shape, args.rounds, args.numba))
         print(rows[-1]["layer"], rows[-1]["ratio"], flush=True)
