@@ -113,6 +113,13 @@ def test_killed_runs_go_on_and_end_the_same(tmp_path, tiny_folder, monkeypatch, 
     assert not list((tmp_path / "cut").rglob("training.safetensors"))
 
 
+def test_a_budget_of_everything_is_plain_training(tmp_path, tiny_folder):
+    result = pretrain(tiny_folder("llama"), keep_params=1.0, out=tmp_path / "out")
+    assert not result.report["pretraining"]["events"]
+    assert verify_run(tmp_path / "out")["verified"]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def test_in_memory_with_distillation():
     model = tiny_model("opt")
     result = secateur.pretrain(

@@ -75,6 +75,24 @@ def save_weights(model: nn.Module, folder: Path | str) -> None:
     write_shard(Path(folder) / WEIGHTS, checkpoint_names(model, state))
 
 
+def write_parts(
+    folder: Path, parts: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None
+) -> tuple[dict[str, str], int]:
+    """Write each part (file name -> entries) as ``dtype``; what ``write_index`` wants to know.
+
+    Returns:
+        entry -> file name, and the bytes of all.
+    """
+    places: dict[str, str] = {}
+    size = 0
+    for name, state in parts.items():
+        state = cast(state, dtype)
+        write_shard(folder / name, state)
+        places |= dict.fromkeys(state, name)
+        size += sum(t.nbytes for t in state.values())
+    return places, size
+
+
 def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """``state`` with its floating tensors as ``dtype`` (None: as they are)."""
     return {

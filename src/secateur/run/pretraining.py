@@ -23,11 +23,11 @@ from secateur.errors import UsageError
 from secateur.evaluation.perplexity import perplexity
 from secateur.export.huggingface import reference_logits
 from secateur.export.loading import load_pruned
+from secateur.masks.structured import StructuredMask, remember, structure_of
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import Loaded, load
-from secateur.models.saving import block_state, outside_state
-from secateur.models.saving import cast as cast_state
-from secateur.models.shards import INDEX, write_index, write_shard
+from secateur.models.saving import block_state, outside_state, write_parts
+from secateur.models.shards import INDEX, write_index
 from secateur.models.state import evaluating, quiet
 from secateur.models.structured_saving import Form, form_of, save_words
 from secateur.models.surgery import keep_original_config
@@ -130,6 +130,8 @@ def pretrain_model(
         if not ranks.leads:
             ranks.barrier()
             return Result(model, loaded.tokenizer, {}, {}, out)
+        if structure_of(model) is None:  # a budget of everything: the manifest says so
+            remember(model, StructuredMask())
         round_to_stored(model, loaded.stored)
         form, reopened = form_of(model), None
         if folder is not None:
@@ -327,13 +329,7 @@ def _saved(
     view = ModelView.of(model)
     parts = {f"model-block-{b.index:05d}.safetensors": block_state(view, b) for b in view.blocks}
     parts["model-outside.safetensors"] = outside_state(view)
-    places: dict[str, str] = {}
-    size = 0
-    for name, state in parts.items():
-        state = cast_state(state, loaded.stored)
-        write_shard(path / name, state)
-        places |= dict.fromkeys(state, name)
-        size += sum(t.nbytes for t in state.values())
+    places, size = write_parts(path, parts, loaded.stored)
     facts = {"method": "efficientllm", "parameters": hook.parameters}
     save_words(path, model, loaded.tokenizer, facts, loaded.stored, form)
     write_index(path, places, size)

@@ -25,8 +25,8 @@ from secateur.masks.structured import structure_of
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import Loaded, load
 from secateur.models.names import CheckpointMap
-from secateur.models.saving import block_state, cast, outside_state
-from secateur.models.shards import INDEX, SafetensorsFolder, write_index, write_shard
+from secateur.models.saving import block_state, outside_state, write_parts
+from secateur.models.shards import INDEX, SafetensorsFolder, write_index
 from secateur.models.state import evaluating, quiet
 from secateur.models.structured_saving import save_words
 from secateur.progress import SILENT, Progress
@@ -169,13 +169,7 @@ def save_recovered(
     path = folder.path
     parts = {f"model-block-{b.index:05d}.safetensors": block_state(view, b) for b in view.blocks}
     parts["model-outside.safetensors"] = outside_state(view)
-    places: dict[str, str] = {}
-    size = 0
-    for name, state in parts.items():
-        state = cast(state, loaded.stored)
-        write_shard(path / name, state)
-        places |= dict.fromkeys(state, name)
-        size += sum(t.nbytes for t in state.values())
+    places, size = write_parts(path, parts, loaded.stored)
     transposed = [m.name for m in view.matrices() if m.transposed and m.name in masks]
     save_masks(path / MASKS, masks, {"transposed": transposed} if transposed else {})
     save_words(path, loaded.model, loaded.tokenizer, {"recovered": True}, loaded.stored)

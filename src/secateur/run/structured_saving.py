@@ -10,8 +10,8 @@ import torch
 from secateur.errors import VerificationError
 from secateur.export.huggingface import TOLERANCES, compare_logits, reference_logits
 from secateur.export.loading import load_pruned
-from secateur.models.saving import block_state, cast, outside_state
-from secateur.models.shards import write_index, write_shard
+from secateur.models.saving import block_state, outside_state, write_parts
+from secateur.models.shards import write_index
 from secateur.models.state import quiet
 from secateur.models.structured_saving import Form
 from secateur.run.finish import OUTSIDE, save_form
@@ -35,17 +35,9 @@ def save_structured(session: Session, folder: RunFolder, form: Form) -> dict[str
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(stored))
-    weight_map: dict[str, str] = {}
-    size = 0
-    parts = [(OUTSIDE, outside_state(session.view))]
-    parts += [
-        (folder.shard(b.index).name, block_state(session.view, b)) for b in session.view.blocks
-    ]
-    for name, state in parts:
-        state = cast(state, stored)
-        write_shard(folder.path / name, state)
-        weight_map |= dict.fromkeys(state, name)
-        size += sum(t.numel() * t.element_size() for t in state.values())
+    parts = {OUTSIDE: outside_state(session.view)}
+    parts |= {folder.shard(b.index).name: block_state(session.view, b) for b in session.view.blocks}
+    weight_map, size = write_parts(folder.path, parts, stored)
     save_form(session, folder, form)
     write_index(folder.path, weight_map, size)
     ids = probe_ids(session)
