@@ -27,8 +27,8 @@ NETS: dict[str, tuple[dict[str, Any], int, set[str]]] = {  # settings, image siz
     "Beit": (PATCHES, 32, {"stem", "head", "channel"}),
     "Swin": (
         {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-        | {"image_size": 32, "patch_size": 2},
-        32,
+        | {"image_size": 64, "patch_size": 2},
+        64,
         {"stem", "head", "channel"},
     ),
     "PoolFormer": ({"hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4}, 64, {"channel"}),

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from secateur.errors import UsageError
-from secateur.methods.vision_base import VisionJob, VisionMethod, VisionOutcome, VisionTargetKind
+from secateur.methods.vision_base import VisionJob, VisionMethod, VisionOutcome
+from secateur.recipe_vision import TargetKind
 from secateur.training.s2h_finish import cut, learn_widths, measure_gap
 from secateur.training.s2h_options import Learning, Order, Trained
 from secateur.training.s2hpruner import width_choices
@@ -42,7 +43,7 @@ class S2HPruner(VisionMethod):
     name = "s2hpruner"
     summary = "vision: widths learned with the weights, soft and hard network distilling each other"
     paper = "Lin et al. 2024, arXiv:2410.07046"
-    targets: ClassVar[tuple[VisionTargetKind, ...]] = ("flops",)
+    targets: ClassVar[tuple[TargetKind, ...]] = ("flops",)
     trains = True
 
     relax: float = 0.01

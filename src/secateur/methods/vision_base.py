@@ -21,9 +21,8 @@ from secateur.masks.structured import StructuredMask
 from secateur.methods.base import Described
 from secateur.models.channel_graph import ChannelGroups
 from secateur.progress import SILENT, Progress
+from secateur.recipe_vision import TargetKind
 from secateur.training.settings import TrainSettings
-
-VisionTargetKind = Literal["flops", "parameters", "channels", "weights"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class VisionTarget:
         share: that goes, in [0, 1).
     """
 
-    kind: VisionTargetKind
+    kind: TargetKind
     share: float
 
 
@@ -111,7 +110,7 @@ class VisionOutcome:
 class VisionMethod(Described):
     """Prunes vision networks; subclasses are frozen dataclasses, their fields the options."""
 
-    targets: ClassVar[tuple[VisionTargetKind, ...]] = ("flops", "parameters", "channels")
+    targets: ClassVar[tuple[TargetKind, ...]] = ("flops", "parameters", "channels")
     """Kinds of target it can reach, its usual one first."""
     trains: ClassVar[bool] = False
     """It trains the network: it needs images, and random weights are no hindrance."""

@@ -195,8 +195,7 @@ def attention(trace: Trace, call: Call) -> Tensor:
     scores = _contract(trace, query, key.mT, [*query.shape[:-1], key.shape[-2]])
     mask = call.get(3, "attn_mask")
     if mask is not None:
-        own = trace.labels(mask)
-        scores = trace.met([scores, free(mask.shape) if own is None else own], scores.shape)
+        scores = trace.met([scores, trace.operand(mask)], scores.shape)
     return _contract(trace, scores, value, call.out.shape)
 
 

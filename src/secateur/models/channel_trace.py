@@ -213,10 +213,17 @@ class Trace:
     def joined(self, operands: Sequence[Tensor], shape: Sequence[int]) -> Tensor | None:
         """Labels of an element-wise combination: what meets must go together."""
         operands = [t for t in operands if t.numel() > 1]
-        known = [(t, self.labels(t)) for t in operands]
-        if all(part is None for _, part in known):
+        if all(self.labels(t) is None for t in operands):
             return None
-        return self.met([free(t.shape) if k is None else k for t, k in known], shape)
+        return self.met([self.operand(t) for t in operands], shape)
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """Labels of an activation or constant; what was only expanded counts as having size 1."""
+        found = self.labels(tensor)
+        if found is not None:
+            return found
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        return free([1 if step == 0 else size for size, step in sizes])
 
     def met(self, labels: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """The same, of tensors with these labels (each of its tensor's shape)."""
@@ -231,7 +238,7 @@ class Trace:
             offset = len(shape) - one.dim()
             sized = any(d >= offset and one.shape[d - offset] > 1 for d in wide)
             fixed = (part < 0) & (total >= 0)
-            if sized and bool(fixed.any()):
+            if sized and bool(fixed.any()) and not self.only_parameter(total[fixed]):
                 self.pin(total[fixed], "meets a tensor of fixed size")
         return total.expand(tuple(shape))
 
