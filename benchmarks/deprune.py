@@ -151,7 +151,7 @@ class Cells:
 
 
 def fashion_net(train: ImageSet) -> nn.Module:
-    """The dense network, trained once (20 k parameters, two passes)."""
+    """The dense network, trained once (18 k parameters, three quarters of a pass)."""
     torch.manual_seed(0)
     model = MobileNet(width=8)
     kept = CACHE / "deprune_fashion.safetensors"
@@ -159,7 +159,7 @@ def fashion_net(train: ImageSet) -> nn.Module:
         model.load_state_dict(load_file(kept))
         return model.eval()
     settings = TrainSettings(
-        steps=2 * len(train) // 128, lr=0.1, batch=128, optimizer="sgd", schedule="cosine",
+        steps=350, lr=0.1, batch=128, optimizer="sgd", schedule="cosine",
         weight_decay=1e-4, clip=None, checkpoint_every=50,
     )  # fmt: skip
     fit_images(model, train, settings, folder=CACHE / "deprune_fashion")
@@ -169,7 +169,7 @@ def fashion_net(train: ImageSet) -> nn.Module:
 
 def fashion(args: Any) -> None:
     """Every choice at every share; nothing else is pruned."""
-    train, test = read_images("fashion-mnist:train"), read_images("fashion-mnist:test")
+    train, test = read_images("fashion-mnist:train"), read_images("fashion-mnist:test").first(5000)
     dense = fashion_net(train)
     cells = Cells("fashion", args.json)
     x = train.batch([0]).pixels
@@ -255,9 +255,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("what", choices=["fashion", "imagenet", "speed"])
     parser.add_argument("--variants", nargs="*", default=None)
-    parser.add_argument("--shares", nargs="*", type=float, default=[0.5, 0.7, 0.9])
+    parser.add_argument("--shares", nargs="*", type=float, default=[0.7, 0.9, 0.5])
     parser.add_argument("--pw", type=float, default=0.0)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--images", type=Path)
     args = parser.parse_args()
