@@ -36,9 +36,8 @@ from secateur.models.inference import inference_copy
 from secateur.models.vision.efficientnet_lite import pretrained
 from secateur.models.vision.loading import load_vision
 from secateur.models.vision.mobilenet import MobileNet
+from secateur.run.vision import distilled
 from secateur.tensorfile import save_tensors
-from secateur.training.distil import distillation_loss
-from secateur.training.hooks import classification_loss
 from secateur.training.images import fit_images, recalibrate_images
 from secateur.training.settings import TrainSettings
 
@@ -227,7 +226,7 @@ def imagenet(args: Any) -> None:
                     steps=args.steps, lr=0.01, batch=16, optimizer="sgd", schedule="cosine",
                     clip=1.0, checkpoint_every=None,
                 )  # fmt: skip
-                loss = distillation_loss(copy.deepcopy(dense), 1.0, 1.0, plain=classification_loss)
+                loss = distilled(copy.deepcopy(dense), 1.0, 1.0)
                 fit_images(model, tune, settings, masks=outcome.masks, loss=loss)
                 recalibrate_images(model, tune, batches=8)
                 cell["accuracy_tuned"] = accuracy(model, test).top1
