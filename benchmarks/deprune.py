@@ -36,9 +36,8 @@ from secateur.models.inference import inference_copy
 from secateur.models.vision.efficientnet_lite import pretrained
 from secateur.models.vision.loading import load_vision
 from secateur.models.vision.mobilenet import MobileNet
+from secateur.run.vision import distilled
 from secateur.tensorfile import save_tensors
-from secateur.training.distil import distillation_loss
-from secateur.training.hooks import classification_loss
 from secateur.training.images import fit_images, recalibrate_images
 from secateur.training.settings import TrainSettings
 
@@ -151,7 +150,7 @@ class Cells:
 
 
 def fashion_net(train: ImageSet) -> nn.Module:
-    """The dense network, trained once (20 k parameters, two passes)."""
+    """The dense network, trained once (18 k parameters, three quarters of a pass)."""
     torch.manual_seed(0)
     model = MobileNet(width=8)
     kept = CACHE / "deprune_fashion.safetensors"
@@ -159,7 +158,7 @@ def fashion_net(train: ImageSet) -> nn.Module:
         model.load_state_dict(load_file(kept))
         return model.eval()
     settings = TrainSettings(
-        steps=2 * len(train) // 128, lr=0.1, batch=128, optimizer="sgd", schedule="cosine",
+        steps=350, lr=0.1, batch=128, optimizer="sgd", schedule="cosine",
         weight_decay=1e-4, clip=None, checkpoint_every=50,
     )  # fmt: skip
     fit_images(model, train, settings, folder=CACHE / "deprune_fashion")
@@ -169,7 +168,7 @@ def fashion_net(train: ImageSet) -> nn.Module:
 
 def fashion(args: Any) -> None:
     """Every choice at every share; nothing else is pruned."""
-    train, test = read_images("fashion-mnist:train"), read_images("fashion-mnist:test")
+    train, test = read_images("fashion-mnist:train"), read_images("fashion-mnist:test").first(5000)
     dense = fashion_net(train)
     cells = Cells("fashion", args.json)
     x = train.batch([0]).pixels
@@ -227,7 +226,7 @@ def imagenet(args: Any) -> None:
                     steps=args.steps, lr=0.01, batch=16, optimizer="sgd", schedule="cosine",
                     clip=1.0, checkpoint_every=None,
                 )  # fmt: skip
-                loss = distillation_loss(copy.deepcopy(dense), 1.0, 1.0, plain=classification_loss)
+                loss = distilled(copy.deepcopy(dense), 1.0, 1.0)
                 fit_images(model, tune, settings, masks=outcome.masks, loss=loss)
                 recalibrate_images(model, tune, batches=8)
                 cell["accuracy_tuned"] = accuracy(model, test).top1
@@ -255,9 +254,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("what", choices=["fashion", "imagenet", "speed"])
     parser.add_argument("--variants", nargs="*", default=None)
-    parser.add_argument("--shares", nargs="*", type=float, default=[0.5, 0.7, 0.9])
+    parser.add_argument("--shares", nargs="*", type=float, default=[0.7, 0.9, 0.5])
     parser.add_argument("--pw", type=float, default=0.0)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--images", type=Path)
     args = parser.parse_args()

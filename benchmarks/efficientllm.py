@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import statistics
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.slimgpt import perplexity
 from benchmarks.stories import sampled_windows, stories_folder
 from secateur.data.windows import Windows
 from secateur.models.loading import load
+from secateur.report.charts import Series, line_chart, standalone
 from secateur.training.efficientllm import PruneOptions, PruningAware
 from secateur.training.loop import fit
 from secateur.training.prune_schedule import PruneSchedule
@@ -40,16 +40,23 @@ SEEDS = (0, 1, 2)
 FROM, UNTIL = 0.02, 0.3
 CALIBRATION = 8
 """Batches the arms that prune at once look at."""
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "pruned while it trains": {},
     "the same, first order only": {"second_order": False},
     "the same, raw saliency": {"rules": Rules(normalize="raw")},
+    "the same, second-order saliency": {"saliency": "obd"},
+    "the same, pruned in 8 % of the steps": {"until": 0.1},
     "pruned at once, then trained": {},
     "the same at once, first order only": {"second_order": False},
     "LLM-Pruner, then trained": {},
     "found shape from scratch": {},
 }
-ONLY_AT_HALF = ("the same, raw saliency", "the same at once, first order only")
+ONLY_AT_HALF = (
+    "the same, raw saliency",
+    "the same, second-order saliency",
+    "the same, pruned in 8 % of the steps",
+    "the same at once, first order only",
+)
 RATES = {"inherits": (1e-3, 3e-3, 1e-2), "scratch": (3e-3, 1e-2)}
 
 
@@ -84,7 +91,8 @@ class Bench:
         """The trained model of an arm, and what is worth keeping of how it came about."""
         budget = round((1 - share) * self.initial)
         data = Windows(self.train)
-        options = ARMS[arm]
+        options: dict[str, Any] = dict(ARMS[arm])
+        until = options.pop("until", UNTIL)
         settings = TrainSettings(
             steps=STEPS, batch=BATCH, lr=lr, warmup=0.05, schedule="cosine", seed=seed,
             checkpoint_every=None,
@@ -118,7 +126,7 @@ class Bench:
             fit(model, Windows(self._looked_at(seed)), still, hooks=[hook])
             fit(model, data, settings)
             return model, {"shape": shape(model), "types": types(hook)}
-        schedule = PruneSchedule(start=max(1, round(FROM * STEPS)), stop=round(UNTIL * STEPS))
+        schedule = PruneSchedule(start=max(1, round(FROM * STEPS)), stop=round(until * STEPS))
         hook = PruningAware(PruneOptions(budget, schedule, context=LENGTH, **options))
         fit(model, data, settings, hooks=[hook])
         return model, {"shape": shape(model), "types": types(hook), "seconds": hook.seconds}
@@ -270,63 +278,24 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def picture(record: dict[str, Any]) -> str:
-    """SVG: perplexity of each arm, a dot a seed, a panel a share."""
-    arms = [a for a, found in table(record) if found]
-    row, left, panel, top = 24, 230, 190, 46
-    height = top + row * len(arms) + 34
-    width = left + (panel + 24) * len(SHARES)
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for i, arm in enumerate(arms):
-        y = top + row * i + 14
-        out.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{arm}</text>')
-    found = dict(table(record))
-    for p, share in enumerate(SHARES):
-        x0 = left + p * (panel + 24)
-        values = [v for arm in arms for v in found[arm].get(share, [])]
-        if not values:
+    """SVG: mean perplexity of the arms that inherit weights over the share removed; seeds as diamonds."""
+    series = []
+    for arm, found in table(record):
+        points = [(share, statistics.mean(values)) for share, values in found.items()]
+        if "scratch" in arm or len(points) < 2:
             continue
-        low, high = min(values), max(values)
-        low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
-
-        def x(value: float, x0: int = x0, low: float = low, high: float = high) -> float:
-            return x0 + panel * (value - low) / (high - low or 1)
-
-        out.append(f'<text x="{x0}" y="20" font-weight="bold">{share:.0%} removed</text>')
-        out.append(f'<text x="{x0}" y="36" fill="#666">perplexity, held out</text>')
-        bottom = top + row * len(arms)
-        out.append(f'<line x1="{x0}" x2="{x0 + panel}" y1="{bottom}" y2="{bottom}" stroke="#999"/>')
-        step = _nice((high - low) / 4)
-        tick = math.ceil(low / step) * step
-        while tick <= high:
-            out.append(
-                f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}" stroke="#eee"/>'
-                f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#666">{tick:g}</text>'
-            )
-            tick = round(tick + step, 10)
-        for i, arm in enumerate(arms):
-            y = top + row * i + 14
-            mine = found[arm].get(share, [])
-            for value in mine:
-                out.append(
-                    f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="#2b6cb0" fill-opacity="0.45"/>'
-                )
-            if mine:
-                mean = x(statistics.mean(mine))
-                out.append(
-                    f'<line x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 8}" y2="{y + 8}" '
-                    'stroke="#1a365d" stroke-width="2"/>'
-                )
-    out.append("</svg>")
-    return "\n".join(out) + "\n"
-
-
-def _nice(step: float) -> float:
-    unit = 10 ** math.floor(math.log10(step))
-    return next(unit * m for m in (1, 2, 5, 10) if unit * m >= step)
+        each = [(share, v, f"seed {i}") for share, vs in found.items() for i, v in enumerate(vs)]
+        series.append(Series(arm, points, each, len(series)))
+    return standalone(
+        line_chart(
+            series,
+            title="stories260k: perplexity over the share of parameters removed",
+            x_label="parameters removed (diamonds: seeds)",
+            y_label="perplexity, held out",
+            reference=(record["dense"], "dense"),
+            x_text=lambda x: f"{x:.0%}",
+        )
+    )
 
 
 def main() -> None:

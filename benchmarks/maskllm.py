@@ -3,29 +3,46 @@
 python -m benchmarks.maskllm                      # every cell, three seeds; resumes cell by cell
 python -m benchmarks.maskllm --steps 100 --seeds 0 --names "maskllm, no prior"
 python -m benchmarks.maskllm --speed              # one step against plain fine-tuning
+python -m benchmarks.maskllm --memory             # bytes a masked weight, stated and held
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import secateur
-from benchmarks.common import RESULTS, alternate, arguments, finish, ratio, spread
+from benchmarks.common import (
+    RESULTS,
+    alternate,
+    arguments,
+    finish,
+    forget_peak,
+    in_fresh_process,
+    memory,
+    ratio,
+    spread,
+)
+from benchmarks.gradients import NO_HOLES
 from benchmarks.stories import sampled_windows, stories_folder
+from secateur.data.windows import Windows
 from secateur.files import write_json
 from secateur.kernels import candidate_mix
 from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import load
-from secateur.training.loop import Batch, next_token_loss
-from secateur.training.maskllm import LearnedMasks, Learning
+from secateur.training.loop import Batch, fit, next_token_loss
+from secateur.training.maskllm import LearnedMasks, Learning, bytes_per_weight
+from secateur.training.settings import TrainSettings
 
 ONE_SHOT: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
@@ -43,6 +60,9 @@ LEARNED: dict[str, dict[str, Any]] = {
     "maskllm, kappa 1": {"kappa": (1.0, 1.0)},
     "maskllm, kappa 1e5": {"kappa": (1e5, 1e5)},
     "maskllm, a quarter of the steps": {"steps": 0.25},
+    "maskllm, a logit a weight": {"logits": "weights"},
+    "maskllm, five turns": {"turns": 5},
+    "maskllm, momentum only": {"optimizer": "sgd", "lr": 1.0},
 }
 WINDOWS, LENGTH = 1024, 256
 
@@ -169,16 +189,77 @@ def speed(rounds: int) -> dict[str, Any]:
     }
 
 
+MEMORY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a logit a pattern": ({}, {}),
+    "the same, and the best kept": ({}, {"patience": 9, "validate_every": 1}),
+    "momentum only": ({}, {"optimizer": "sgd"}),
+    "a logit a weight": ({"logits": "weights"}, {}),
+}
+
+
+def held(name: str) -> dict[str, float]:
+    """Bytes a masked weight, at the most, that three steps take beyond the model; 2:4."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=768, intermediate_size=2048, num_hidden_layers=8,
+        num_attention_heads=8, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    view = ModelView.of(model)
+    patterns = {m.name: (2, 4) for m in view.matrices()}
+    weights = sum(m.stored.numel() for m in view.matrices())
+    data = Windows(torch.randint(0, 256, (8, 16)))
+    learning, training = MEMORY[name]
+    settings = TrainSettings(steps=3, batch=1, checkpoint_every=None, **training)
+    next_token_loss(model, Batch(data.ids[:1]))
+    forget_peak()
+    before = memory("VmRSS")
+    with TemporaryDirectory() as folder, LearnedMasks.attach(
+        view, patterns, Learning(**learning)
+    ) as masks:  # fmt: skip
+        looks = iter((3.0, 2.0, 1.0))
+        fit(
+            model, data, settings, loss=masks.loss(), hooks=[masks], folder=Path(folder),
+            validate=(lambda: next(looks)) if settings.patience else None,
+        )  # fmt: skip
+        grown = memory("VmHWM") - before
+    return {
+        "held": grown / weights,
+        "stated": bytes_per_weight(
+            2,
+            4,
+            Learning(**learning),
+            settings.optimizer,
+            keep_best=settings.patience is not None,
+        ),
+    }
+
+
 def main() -> None:
-    """The grid, or the speed."""
+    """The grid, or the speed, or the memory."""
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--names", nargs="+", default=["dense", *ONE_SHOT, *LEARNED])
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.child:
+        print(json.dumps(held(given.child)))
+        return
+    if given.memory:
+        figures = {
+            name: in_fresh_process("benchmarks.maskllm", "--child", name, environment=NO_HOLES)
+            for name in MEMORY
+        }
+        for name, row in figures.items():
+            print(f"{name}: {row['held']:.1f} bytes a weight, stated {row['stated']:g}")
+        finish("maskllm_memory", {"bytes_a_masked_weight": figures}, given.json)
+        return
     if given.speed:
         finish("maskllm_speed", speed(given.rounds), given.json)
         return

@@ -1,7 +1,12 @@
 """Tap lists: every form says what torch's convolution says, and a machine without a compiler works."""
 
+import ctypes
 import itertools
 import math
+import os
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +128,30 @@ def test_threads_and_layouts_agree():
     assert torch.equal(alone, both)
     last = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(alone, depthwise.depthwise(last, Taps.of(conv, mask)))
+
+
+@needs_c
+def test_vectors_that_every_processor_has(tmp_path, monkeypatch):
+    """The half of the source that AVX-512 machines do not use."""
+    source = Path(compiled.__file__).with_name("depthwise.c")
+    flags = [f for f in compiled.FLAGS if f not in ("-O3", "-march=native")]
+    made = tmp_path / "portable.so"
+    command = shlex.split(os.environ.get("CC", "cc"))
+    subprocess.run([*command, *flags, "-O1", "-DPORTABLE", "-o", made, source], check=True)
+    monkeypatch.setattr(compiled, "library", lambda name: ctypes.CDLL(str(made)))
+    depthwise._compiled.cache_clear()
+    try:
+        for kernel, stride, size in itertools.product(
+            [(1, 1), (3, 3), (5, 5), (4, 3)], [1, 2, 3], [(5, 4), (7, 7), (13, 20), (70, 61)]
+        ):
+            conv, mask = pruned(3, kernel, 0.5, stride=stride, padding=2, multiplier=2)
+            x = torch.randn(2, 3, *size)
+            ours = depthwise.depthwise(x, Taps.of(conv, mask, -1.0, 1.0), "c")
+            wanted = expected(conv, mask, x).clamp(-1, 1)
+            assert torch.allclose(ours, wanted, atol=2e-5), (kernel, stride, size)
+    finally:
+        monkeypatch.undo()
+        depthwise._compiled.cache_clear()
 
 
 def test_lists_hold_the_mask_and_the_weight():

@@ -1,6 +1,7 @@
 """DEPrune on networks: what it may touch, exact shares, the same function after the fold."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -106,6 +107,18 @@ def test_without_fold_and_filters_shapes_stay(net):
     assert outcome.record["silent_channels"] > 0 == outcome.record["folded_channels"]
     assert [p.shape for p in model.parameters()] == [p.shape for p in net.parameters()]
     assert outcome.structure.gone == {}
+
+
+def test_filters_alone_leave_depthwise_widths(net):
+    model = copy.deepcopy(net)
+    before = {n: c.in_channels for n, c in depthwise_layers(model).items()}
+    DEPrune(variant="dcp", pw=0.5).prune(job_of(model, 0.0))
+    assert {n: c.in_channels for n, c in depthwise_layers(model).items()} == before
+    blocks = list(model.blocks)
+    for block, after in itertools.pairwise(blocks):
+        assert block.project.out_channels == after.expand.in_channels
+    assert blocks[1].project.out_channels == blocks[2].project.out_channels == 16  # they add up
+    assert model(torch.randn(1, 1, 28, 28)).shape == (1, 10)
 
 
 @pytest.mark.parametrize("criterion", ["l1", "l2", "fpgm"])

@@ -20,7 +20,7 @@ from secateur.training.efficientllm import PruneOptions, PruningAware
 from secateur.training.loop import Hook, fit
 from secateur.training.prune_schedule import PruneSchedule
 from secateur.training.settings import TrainSettings
-from secateur.training.unit_choice import Rules
+from secateur.training.unit_choice import TYPES, Rules
 
 STEPS = 12
 
@@ -291,6 +291,12 @@ def test_unreachable_budgets_are_refused():
     with pytest.raises(UsageError, match="one key-value head") as caught:
         trained(single, options(single))
     assert caught.value.field == "gqa"
+    for rules in (
+        Rules(costs={"ffn": 1.0}, normalize="cost"),
+        Rules(costs=dict.fromkeys(TYPES, 1.0)),
+    ):
+        with pytest.raises(UsageError, match="cost for each"):
+            options(model, rules=rules)
     for own in ({"kinds": ("layer",)}, {"kinds": ()}, {"gqa": "duplicate"}, {"compact_every": -1},
                 {"damping": 0.0}, {"hessian_tokens": 0}, {"saliency": "x"}):  # fmt: skip
         with pytest.raises(UsageError) as caught:

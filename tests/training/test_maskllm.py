@@ -240,10 +240,13 @@ def test_the_teacher_is_the_dense_model_and_leaves_the_logits_trainable():
 
 
 def test_memory_is_what_the_paper_counts():
-    assert bytes_per_weight(2, 4, Learning()) == 24
-    assert bytes_per_weight(1, 4, Learning()) == 16
-    assert bytes_per_weight(2, 4, Learning(), "sgd") == 18
-    assert bytes_per_weight(8, 16, Learning()) == 16
+    # Beside the byte of the mask that is started from.
+    assert bytes_per_weight(2, 4, Learning()) == 24 + 1
+    assert bytes_per_weight(1, 4, Learning()) == 16 + 1
+    assert bytes_per_weight(2, 4, Learning(), "sgd") == 18 + 1
+    assert bytes_per_weight(8, 16, Learning()) == 16 + 1
+    assert bytes_per_weight(2, 4, Learning(), keep_best=True) == 30 + 1
+    assert bytes_per_weight(2, 4, Learning(), keep_best=True, turns=5) == 6 + 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -293,6 +296,65 @@ def test_a_run_learns_saves_and_reports(tmp_path):
     assert again.report["quality"] == result.report["quality"]
 
 
+def test_blocks_are_learned_in_turns(tmp_path, monkeypatch):
+    seen = []
+    attach = LearnedMasks.attach.__func__
+
+    def noted(cls, *how):
+        masks = attach(cls, *how)
+        seen.append((set(masks.modules), {n: m.gone.clone() for n, m in masks.held.items()}))
+        return masks
+
+    monkeypatch.setattr(LearnedMasks, "attach", classmethod(noted))
+    options = OPTIONS | {"steps": 5, "turns": 2, "lr": 2e-2}
+    result = secateur.prune("tiny", options=options, out=tmp_path / "run", **RUN)
+    (first, _), (second, held) = seen
+    assert first | second == set(result.masks)
+    assert not first & second
+    # What the first turn learned is what the second one is learned under.
+    assert all(torch.equal(held[name], result.masks[name]) for name in first)
+    learning = result.report["learning"]
+    assert learning["steps"] == 5
+    assert [step for step, _ in learning["validations"]] == [0, 2, 2, 4, 5]
+    assert learning["moved"][-1][0] == 5
+    assert 0 < learning["changed"] < 1
+    again = secateur.prune(
+        "tiny", options=options, out=tmp_path / "again", **{**RUN, "evaluation": None}
+    )
+    assert all(torch.equal(again.masks[n], mask) for n, mask in result.masks.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_held_mask_is_the_masked_model_and_passes_gradients(family):
+    torch.manual_seed(1)
+    model = tiny_model(family).eval()
+    view = ModelView.of(model)
+    prior = magnitude_masks(view)
+    last = view.blocks[-1].matrices[-1].name
+    patterns = {m.name: (2, 4) for m in view.matrices()}
+    embedded = model.get_input_embeddings()(IDS[:2]).detach().requires_grad_()
+    masks = LearnedMasks.attach(view, patterns, Learning(alpha=9.0), prior, [last])
+    assert list(masks.modules) == [last]
+    under = model(inputs_embeds=embedded).logits
+    (got,) = torch.autograd.grad(under.square().sum(), embedded)
+    learned = masks.detach() | {n: m for n, m in prior.items() if n != last}
+    for matrix in view.matrices():
+        matrix.write(matrix.tensor().masked_fill(learned[matrix.name], 0))
+    plain = model(inputs_embeds=embedded).logits
+    (wanted,) = torch.autograd.grad(plain.square().sum(), embedded)
+    assert torch.allclose(under, plain, atol=1e-5)
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_what_fails_to_attach_leaves_the_model_alone():
+    model = tiny_model("llama")
+    before = dict(model.named_modules())
+    with pytest.raises(UsageError, match="does not divide"):
+        attached(model, pattern=(2, 7))
+    assert dict(model.named_modules()) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_run_from_another_mask_and_from_none(tmp_path):
     first = secateur.prune("tiny", **{**RUN, "method": "magnitude"}, out=tmp_path / "first")
     second = secateur.prune(
@@ -325,6 +387,8 @@ def test_fused_experts_are_masked_though_not_learned():
         ({"options": {"init_std": 0.0}}, "init_std"),
         ({"options": {"distil": 2.0}}, "distil"),
         ({"options": {"steps": 0}}, "steps"),
+        ({"options": {"turns": 9}}, "turns"),
+        ({"options": {"turns": 2, "prior": "none"}}, "turns"),
         ({"options": {"logits": "patterns"}, "sparsity": "8:16"}, "logits"),
         ({"sparsity": "5:9"}, "sparsity"),
     ],

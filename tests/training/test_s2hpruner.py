@@ -368,6 +368,15 @@ def test_targets_and_groups_that_cannot_be_are_refused():
         LearnedWidths(alone, groups_of(alone), Learning(flops=0.5))
 
 
+def test_sharded_weights_are_refused():
+    net = small_net()
+    widths, at = LearnedWidths(net, groups_of(net), Learning(flops=0.5)), Fake(net)
+    at.settings = settings(shard=True)
+    at.accelerator = type("Accelerator", (), {"num_processes": 2})
+    with pytest.raises(UsageError, match="whole weights"):
+        widths.begin(at)
+
+
 def test_broken_logits_stop_the_training_and_leave_the_model_as_it_was():
     net, images = small_net(), some_images()
     before = copy.deepcopy(net.state_dict())

@@ -6,7 +6,15 @@ import torch
 
 
 def as_many_as_torch() -> None:
-    """Set numba's number of threads, in this thread, to torch's (at most what numba started with)."""
+    """Set numba's number of threads, in this thread, to torch's (at most what numba started with).
+
+    Numba's first parallel call sets OpenMP's number of threads for the process, which is torch's
+    too; it is put back here, so that results do not depend on which kernels ran before.
+    """
     import numba
 
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    threads = torch.get_num_threads()
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(threads, most))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

@@ -32,6 +32,8 @@ class MaskLLM(Described):
         lr: of the logits; the paper's 5e-4 is for 2,000 steps, fewer want more.
         optimizer: ``adamw``, or ``sgd`` with momentum, which takes a quarter less memory.
         weight_decay: on the logits.
+        turns: the blocks are learned in so many shares, one after the other, each in its part of
+            the steps, while the others are held under their masks: memory for one share only.
         alpha, init_std, kappa, tau, weight_reg, logits: see ``training.maskllm.Learning``.
         distil: share of the loss that is the divergence from the dense model.
         temperature: of that divergence.
@@ -54,6 +56,7 @@ class MaskLLM(Described):
     lr: float = 2e-3
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.1
+    turns: int = 1
     alpha: float = 3.0
     init_std: float = 0.01
     kappa: tuple[float, float] = (100.0, 500.0)
@@ -83,6 +86,15 @@ class MaskLLM(Described):
                 field="prior",
                 value=self.prior,
                 fix=f"none, the path of a mask, or one of {known}",
+            )
+        if not 1 <= self.turns <= self.steps:
+            raise UsageError("between 1 and the steps", field="turns", value=self.turns)
+        if self.turns > 1 and self.prior == "none":
+            raise UsageError(
+                "blocks whose turn has not come are held under their prior, and there is none",
+                field="turns",
+                value=self.turns,
+                fix="a prior such as wanda, or turns=1",
             )
         _ = self.learning, self.settings  # refuse what they refuse
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from secateur.run.records import module_record
 from secateur.run.session import Session
 from secateur.training.distil import distillation_loss
 from secateur.training.loop import Batch, Loss, fit, next_token_loss
-from secateur.training.maskllm import LearnedMasks, bytes_per_weight
+from secateur.training.maskllm import LearnedMasks, bytes_per_weight, learnable
 
 MASK = "learned.mask"
 """The file of pattern numbers in a run's folder, for the dense model it was learned on."""
@@ -190,15 +191,78 @@ def _trained(
     prior: Mapping[str, Tensor] | None,
     text: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Learn all masks, in turns if asked for; the masks and the record."""
     method = cast(MaskLLM, session.method)
     cuts = {name: plan.cut(name, session.scope) for name in session.shapes}
     patterns = {n: (c.keep, c.group) for n, c in cuts.items() if c.keep and c.group}
     data, held = _data(session, method, text)
-    model = session.loaded.model
-    with (
-        session.timed("learning"),
-        LearnedMasks.attach(session.view, patterns, method.learning, prior) as masks,
-    ):
+    masks = dict(prior or {})
+    record: dict[str, Any] = {}
+    changed = groups = 0.0
+    with session.timed("learning"):
+        for turn, names in enumerate(_shares(session, method.turns)):
+            learned, part = _turn(session, folder, patterns, masks, data, held, turn, names)
+            masks |= learned
+            count = sum(mask.numel() / patterns[n][1] for n, mask in learned.items())
+            changed, groups = changed + count * part.pop("changed"), groups + count
+            record = _joined(record, part)
+    for name, cut in cuts.items():
+        if name not in masks or not learnable(session.view[name]):  # fused experts
+            weight = session.view[name].tensor().abs().float()
+            masks[name] = prior[name] if prior is not None else select(weight, cut, name).cpu()
+            session.notes.append(f"'{name}' is no layer of its own: its mask was not learned")
+    keep, group = next(iter(patterns.values()))
+    memory = bytes_per_weight(
+        keep, group, method.learning, method.optimizer, keep_best=method.keep_best,
+        turns=method.turns,
+    )  # fmt: skip
+    return masks, {
+        **record,
+        "losses": _thinned(record["losses"]),
+        "changed": changed / groups,
+        "text": data.record,
+        "batch": method.batch,
+        "length": data.length,
+        "turns": method.turns,
+        "bytes_per_weight": memory,
+    }
+
+
+def _shares(session: Session, turns: int) -> list[list[str]]:
+    """Names of the matrices of each turn: neighbouring blocks, front to back.
+
+    Raises:
+        UsageError: more turns than blocks.
+    """
+    blocks = session.view.blocks
+    if turns > len(blocks):
+        raise UsageError(
+            f"there are {len(blocks)} blocks", field="turns", value=turns, fix="fewer turns"
+        )
+    ends = [len(blocks) * turn // turns for turn in range(turns + 1)]
+    shares = [blocks[a:b] for a, b in pairwise(ends)]
+    return [[m.name for block in share for m in block.matrices] for share in shares]
+
+
+def _turn(
+    session: Session,
+    folder: RunFolder | None,
+    patterns: Mapping[str, tuple[int, int]],
+    prior: Mapping[str, Tensor],
+    data: Windows,
+    held: Windows,
+    turn: int,
+    names: list[str],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Learn the masks of ``names``, the others held under ``prior``; masks and record."""
+    method, model = cast(MaskLLM, session.method), session.loaded.model
+    learning = replace(method.learning, seed=method.seed + turn)
+    steps = method.steps * (turn + 1) // method.turns - method.steps * turn // method.turns
+    settings = replace(method.settings, steps=steps, seed=method.seed + turn)
+    where = None if folder is None else folder.inner / "training"
+    if where is not None and method.turns > 1:
+        where = where / f"turn-{turn}"
+    with LearnedMasks.attach(session.view, patterns, learning, prior, names) as masks:
         plain: Loss = next_token_loss
         if method.distil:
             plain = distillation_loss(masks.teacher(), method.distil, method.temperature)
@@ -216,33 +280,44 @@ def _trained(
         fitted = fit(
             model,
             data,
-            method.settings,
+            settings,
             loss=masks.loss(plain),
             hooks=[masks],
             validate=validate,
-            folder=None if folder is None else folder.inner / "training",
-            identity={"method": session.recipe.options, "distil": method.distil},
+            folder=where,
+            identity={"method": session.recipe.options, "distil": method.distil, "turn": turn},
             progress=session.progress,
-            label="learning masks",
+            label="learning masks" + (f" {turn + 1}/{method.turns}" if method.turns > 1 else ""),
         )
         moved = masks.moved
-        learned = masks.detach()
-    for name, cut in cuts.items():
-        if name not in learned:  # fused experts
-            weight = session.view[name].tensor().abs().float()
-            learned[name] = prior[name] if prior is not None else select(weight, cut, name).cpu()
-            session.notes.append(f"'{name}' is no layer of its own: its mask was not learned")
-    keep, group = next(iter(patterns.values()))
-    return learned, {
-        **fitted.record(),
-        "losses": _thinned(fitted.losses),
-        "validations": [(0, start), *fitted.validations],
-        "moved": moved,
-        "changed": moved[-1][1] if moved else 0.0,
-        "text": data.record,
-        "batch": method.batch,
-        "length": data.length,
-        "bytes_per_weight": bytes_per_weight(keep, group, method.learning, method.optimizer),
+        return masks.detach(), {
+            **fitted.record(),
+            "losses": fitted.losses,
+            "validations": [(0, start), *fitted.validations],
+            "moved": moved,
+            "changed": moved[-1][1] if moved else 0.0,
+        }
+
+
+def _joined(before: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """The record of the turns so far and of one more."""
+    if not before:
+        return part
+    steps = before["steps"]
+    later = {
+        key: [(steps + row[0], *row[1:]) for row in part[key]] for key in ("validations", "moved")
+    }
+    summed = {
+        key: before[key] + part[key] for key in ("steps", "tokens", "trained", "seconds", "losses")
+    }
+    seconds = summed["seconds"]
+    return {
+        **part,
+        **summed,
+        **{key: before[key] + later[key] for key in later},
+        "first_loss": before["first_loss"],
+        "share": before["share"] + part["share"],
+        "tokens_per_second": round(summed["tokens"] / seconds, 1) if seconds else None,
     }
 
 

@@ -77,6 +77,8 @@ class PruningAware(Hook):
         self._ledger: UnitLedger | None = None
         self._model: nn.Module | None = None
         self._planned = False
+        # On a CPU the process's own time: other work on the machine does not count.
+        self._clock = time.perf_counter
 
     # -- the model as it is --------------------------------------------------------------------
 
@@ -101,6 +103,8 @@ class PruningAware(Hook):
                 value=True,
                 fix="leave shard out: data parallel training works",
             )
+        if next(at.model.parameters()).device.type == "cpu":
+            self._clock = time.process_time
         if self._model is None:
             self.prepare(at.model)
         if self._planned:
@@ -127,7 +131,7 @@ class PruningAware(Hook):
     def before_forward(self, at: Training) -> None:
         """See ``Hook``."""
         if self._started is None or self._started[0] != at.step:
-            self._started = (at.step, time.perf_counter())
+            self._started = (at.step, self._clock())
         if self._compensation is not None:
             self._compensation.looking = True
 
@@ -139,13 +143,13 @@ class PruningAware(Hook):
             silence_gradients(at.model, self._groups, self._gone)
         if self.settled:
             return
-        start = time.perf_counter()
+        start = self._clock()
         self.sums.add()
-        self.seconds["saliency"] += time.perf_counter() - start
+        self.seconds["saliency"] += self._clock() - start
 
     def after_step(self, at: Training) -> None:
         """See ``Hook``: cut what was planned, and plan what goes after the next step."""
-        now = time.perf_counter()
+        now = self._clock()
         if self._started is not None and self._started[0] == at.step - 1:
             passed = now - self._started[1]
             self.seconds["steps"] += passed
@@ -156,7 +160,7 @@ class PruningAware(Hook):
             self._execute(at)
             self._new_span(at.step)
         self._plan(at)
-        self.seconds["events"] += time.perf_counter() - now
+        self.seconds["events"] += self._clock() - now
 
     def end(self, at: Training) -> None:
         """See ``Hook``."""

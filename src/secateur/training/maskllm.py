@@ -17,7 +17,7 @@ NeurIPS 2024 (arXiv 2409.17481), section 3. Groups too wide to enumerate use one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import comb
@@ -32,6 +32,7 @@ from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
 from secateur.kernels.soft_top import SoftTop
 from secateur.models.anatomy import Matrix, ModelView
 from secateur.models.discovery import is_linear
+from secateur.training.held_masks import Held
 from secateur.training.hooks import autocasted
 from secateur.training.loop import Batch, Hook, Loss, Training, next_token_loss
 
@@ -211,6 +212,8 @@ class LearnedMasks(Hook):
     model: nn.Module
     options: Learning
     modules: dict[str, Gated] = field(default_factory=dict)
+    held: dict[str, Held] = field(default_factory=dict)
+    """The matrices whose masks are settled while the others' are learned."""
     start: dict[str, Tensor] = field(default_factory=dict)
     """The mask each matrix started from: its prior, or else the first logits' choice."""
     moved: list[tuple[int, float, float]] = field(default_factory=list)
@@ -226,6 +229,7 @@ class LearnedMasks(Hook):
         patterns: Mapping[str, tuple[int, int]],
         options: Learning,
         prior: Mapping[str, Tensor] | None = None,
+        learn: Collection[str] | None = None,
     ) -> LearnedMasks:
         """Put logits on the matrices of ``view`` and freeze all else.
 
@@ -234,26 +238,32 @@ class LearnedMasks(Hook):
         Args:
             patterns: matrix name -> (N, M).
             prior: matrix name -> (d_out, d_in) bool, True = pruned; None or missing: no prior.
+            learn: the matrices to learn now, all others held under their prior; None: all.
 
         Raises:
             UsageError: M does not divide a matrix's inputs; no matrix can carry a mask.
         """
-        masks = cls(view.model, options)
+        masks, known = cls(view.model, options), prior or {}
         masks._trained = [p for p in view.model.parameters() if p.requires_grad]
         view.model.requires_grad_(False)
         generator = torch.Generator().manual_seed(options.seed)
-        for matrix in view.matrices():
-            if matrix.index is None and is_linear(matrix.module):
+        try:
+            for matrix in filter(learnable, view.matrices()):
+                if learn is not None and matrix.name not in learn:
+                    masks._hold(matrix, known[matrix.name])
+                    continue
                 mix = options.mixture(*patterns[matrix.name])
-                given = None if prior is None else prior.get(matrix.name)
+                given = known.get(matrix.name)
                 masks._put(matrix, mix, first_logits(matrix, mix, options, given, generator))
-        if not masks.modules:
-            raise UsageError(
-                "no matrix can carry a mask: the experts are fused in one parameter",
-                field="method",
-                value="maskllm",
-            )
-        known = prior or {}
+            if not masks.modules:
+                raise UsageError(
+                    "no matrix can carry a mask: the experts are fused in one parameter",
+                    field="method",
+                    value="maskllm",
+                )
+        except BaseException:
+            masks.detach()
+            raise
         masks.start = {
             n: known[n] if n in known else m.mask().cpu() for n, m in masks.modules.items()
         }
@@ -261,18 +271,27 @@ class LearnedMasks(Hook):
 
     def _put(self, matrix: Matrix, mix: CandidateMix | SoftTop, logits: Tensor) -> None:
         gated = Gated(matrix.module, mix, logits.to(matrix.stored.device), matrix.transposed)
-        gated.train(matrix.module.training)
-        parent, _, leaf = matrix.name.rpartition(".")
-        self.model.get_submodule(parent)._modules[leaf] = gated
         self.modules[matrix.name] = gated
+        self._replace(matrix.name, gated)
+
+    def _hold(self, matrix: Matrix, gone: Tensor) -> None:
+        held = Held(matrix.module, gone.to(matrix.stored.device), matrix.transposed)
+        self.held[matrix.name] = held
+        self._replace(matrix.name, held)
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        module.train(owner._modules[leaf].training)  # type: ignore[union-attr]
+        owner._modules[leaf] = module
 
     def detach(self) -> dict[str, Tensor]:
         """Take the logits off and leave the dense model; returns the most likely masks."""
         masks = {name: module.mask().cpu() for name, module in self.modules.items()}
-        for name, module in self.modules.items():
-            parent, _, leaf = name.rpartition(".")
-            self.model.get_submodule(parent)._modules[leaf] = module.base_layer
-        self.modules = {}
+        for name, module in (*self.modules.items(), *self.held.items()):
+            layer: Any = module.base_layer
+            self._replace(name, layer)
+        self.modules, self.held = {}, {}
         for parameter in self._trained:
             parameter.requires_grad_(True)
         return masks
@@ -373,13 +392,19 @@ class _Lifted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The dense model's output."""
         masks: Any = self._masks
-        for module in masks.modules.values():
+        modules = [*masks.modules.values(), *masks.held.values()]
+        for module in modules:
             module.open = True
         try:
             return masks.model(*args, **kwargs)
         finally:
-            for module in masks.modules.values():
+            for module in modules:
                 module.open = False
+
+
+def learnable(matrix: Matrix) -> bool:
+    """Whether a mask can be learned for it: it is a layer of its own."""
+    return matrix.index is None and is_linear(matrix.module)
 
 
 def first_logits(
@@ -416,11 +441,21 @@ def first_logits(
     return logits
 
 
-def bytes_per_weight(keep: int, group: int, options: Learning, optimizer: str = "adamw") -> float:
+def bytes_per_weight(
+    keep: int,
+    group: int,
+    options: Learning,
+    optimizer: str = "adamw",
+    *,
+    keep_best: bool = False,
+    turns: int = 1,
+) -> float:
     """Bytes that learning takes for each masked weight, beyond the frozen model's.
 
-    Logits, their gradient, and the optimizer's two moments (one for ``sgd``), in float32;
-    noise and mixtures are made again instead of kept.
+    Logits, their gradient, and the optimizer's two moments (one for ``sgd``), in float32, and
+    the best logits so far; noise and mixtures are made again instead of kept. Every mask that
+    something starts from or is held under is a byte. In ``turns`` only one share has logits.
     """
     per_group = options.mixture(keep, group).logits_per_group
-    return per_group / group * 4 * (4 if optimizer == "adamw" else 3)
+    copies = (4 if optimizer == "adamw" else 3) + keep_best
+    return per_group / group * 4 * copies / turns + 1

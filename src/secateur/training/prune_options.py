@@ -68,6 +68,15 @@ class PruneOptions:
         for name, least in (("hessian_tokens", 1), ("compact_every", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"must be at least {least}", field=name, value=getattr(self, name))
+        costs = self.rules.costs
+        missing = [k for k in self.kinds if costs and k not in costs]
+        if missing or (costs and self.rules.normalize != "cost"):
+            raise UsageError(
+                "a cost for each kind that may go, and normalize: cost",
+                field="costs",
+                value=dict(costs),
+                fix=f"add {missing[0]}" if missing else "normalize: cost",
+            )
         if not self.damping > 0:
             raise UsageError("must be positive", field="damping", value=self.damping)
 

@@ -176,7 +176,18 @@ class LearnedWidths(Hook):
     # -- one step ----------------------------------------------------------------------------------
 
     def begin(self, at: Training) -> None:
-        """See ``Hook``: all processes start from the masks of the first one."""
+        """See ``Hook``: all processes start from the masks of the first one.
+
+        Raises:
+            UsageError: a sharded training, whose weights no process has whole.
+        """
+        if at.settings.shard and at.accelerator.num_processes > 1:
+            raise UsageError(
+                "the hard network is sliced out of whole weights",
+                field="shard",
+                value=True,
+                fix="shard: false",
+            )
         at.model.train()
         if at.accelerator.num_processes > 1:
             for value in (*self.logits.values(), *self.speed.values()):
