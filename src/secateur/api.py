@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from secateur.allocation.plan import Plan
+from secateur.data.stream import names_texts
 from secateur.models.checks import fingerprint_model
 from secateur.models.loading import Loaded
 from secateur.progress import SILENT, Progress
@@ -322,7 +323,8 @@ def pretrain(
         tokenizer: needed with a model in memory, unless ``text`` is tokens already.
         keep_params: share of the parameters to end with, or a number (``"100M"``).
         tokens: how many to train on (``"2M"``).
-        text: files, named corpora, documents, or a source of token windows.
+        text: a file, a named corpus or several of them; documents in memory (a list of strings,
+            a ``Text``, a data set of ``datasets``); or a source of token windows.
         evaluation: as for ``prune``; also looked at on the way.
         out: the run's folder (resumable, with report); None keeps everything in memory.
         **settings: any other field of ``secateur.recipe_parts.Pretraining`` (``lr``, ``batch``,
@@ -340,12 +342,11 @@ def pretrain(
         >>> small.report["structure"]["parameters"]["after"] <= 0.8 * 2_755_008
         True
     """
-    named = isinstance(text, str | Path) or (
-        isinstance(text, list) and all(isinstance(t, Path) for t in text)
-    )
+    several = isinstance(text, list | tuple) and all(isinstance(t, str | Path) for t in text)
+    named = isinstance(text, str | Path) or (several and names_texts(text))
     values = {"keep_params": keep_params, "tokens": tokens, **settings}
     if named:
-        values["text"] = [str(t) for t in text] if isinstance(text, list) else str(text)
+        values["text"] = [str(t) for t in text] if several else str(text)
     measured = {"text": evaluation} if isinstance(evaluation, str) else evaluation
     if measured is not None and not isinstance(measured, Evaluation):
         measured = build_part(Evaluation, "evaluation", dict(measured))

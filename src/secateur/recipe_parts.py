@@ -53,6 +53,7 @@ class Pretraining(Part):
     epochs: int | None = Field(
         1, ge=1, description="times the text may be gone through; null: as often as needed"
     )
+    block: int = Field(1024, ge=1, description="windows shuffled together; more for sorted texts")
     length: int | None = Field(
         None, ge=2, description="tokens in a window; null: 512, or the positions"
     )

@@ -274,7 +274,17 @@ def text_of(row: Any, number: int, name: object, field: str = FIELD) -> str:
             value=str(name),
             fix=f"name the column of the texts '{field}', or the field where it can be chosen",
         )
-    return cast(str, row[field])
+    text = cast(str, row[field])
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"row {number} has half a surrogate pair in '{field}' (character {error.start})",
+            field="text",
+            value=str(name),
+            fix="write the text anew, e.g. with errors='replace'",
+        ) from None
+    return text
 
 
 def decoded(raw: bytes, offset: int, path: Path) -> str:

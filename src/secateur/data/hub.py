@@ -26,6 +26,13 @@ class Hub(Source):
         self.dataset, self.name, self.field = dataset, name, field
         self.words = words or {}
         self._streams = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+        if self._streams and _shuffles(dataset):
+            raise UsageError(
+                "a stream shuffled in a buffer cannot be read again from a place in it",
+                field="text",
+                value=name,
+                fix="leave .shuffle out: windows are shuffled in blocks anyway (block)",
+            )
         if not self._streams and not hasattr(dataset, "__getitem__"):
             raise UsageError(
                 "nothing that can be read from any place in it",
@@ -79,6 +86,16 @@ class Hub(Source):
                 return
             yield place, row
             number += 1
+
+
+def _shuffles(dataset: Any) -> bool:
+    """Whether an ``IterableDataset`` draws its rows from a buffer, whose content no state holds."""
+    part = getattr(dataset, "_ex_iterable", None)
+    while part is not None:
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        part = getattr(part, "ex_iterable", None)
+    return False
 
 
 def open_hub(spec: str, field: str = FIELD) -> Hub:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.data.corpora import CORPORA
 from secateur.data.documents import FIELD, File, InMemory, Source, open_file
 from secateur.data.hub import PREFIX, Hub, open_hub
 from secateur.data.packing import Joints
@@ -15,7 +17,11 @@ from secateur.data.token_stream import TokenStream
 from secateur.errors import UsageError
 from secateur.progress import SILENT, Progress
 
-__all__ = ["TokenStream", "open_stream"]
+__all__ = ["TokenStream", "names_texts", "open_stream"]
+
+LONGEST = 250
+"""Characters that a name of a text may have; the operating system refuses longer ones."""
+SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 
 
 def open_stream(
@@ -125,9 +131,44 @@ def _opened(sources: Any, field: str) -> list[Source]:
     return opened
 
 
+def names_texts(words: Sequence[str | Path]) -> bool:
+    """Whether strings name texts, rather than being texts.
+
+    Raises:
+        UsageError: some do and some do not.
+    """
+    those = [isinstance(word, Path) or _is_name(word) for word in words]
+    if any(those) and not all(those):
+        raise UsageError(
+            "some of these name a text and some do not",
+            field="text",
+            value=str(words[those.index(False)])[:60],
+            fix="names of files and corpora alone, or documents alone",
+        )
+    return bool(those) and all(those)
+
+
+def _is_name(word: str) -> bool:
+    if len(word) > LONGEST or "\n" in word:
+        return False
+    corpus = word.rpartition(":")[0] if ":" in word else word
+    path = Path(word).expanduser()
+    looks = path.suffix.lower() in SUFFIXES and not any(map(str.isspace, word))
+    matches = glob.has_magic(word) and next(glob.iglob(str(path), recursive=True), None)
+    there = looks or corpus in CORPORA or word.startswith(PREFIX) or Path(corpus).is_file()
+    return bool(there or path.exists() or matches)
+
+
 def _named(spec: str, field: str) -> list[Source]:
     if spec.startswith(PREFIX):
         return [open_hub(spec, field)]
+    if len(spec) > LONGEST or "\n" in spec:
+        raise UsageError(
+            "too long to name a file or a corpus",
+            field="text",
+            value=spec[:60],
+            fix="a document itself goes into a list: [text]",
+        )
     path = Path(spec).expanduser()
     if path.is_file():
         return [open_file(path, field)]

@@ -31,13 +31,20 @@ from secateur.models.shards import INDEX, write_index
 from secateur.models.state import evaluating, quiet
 from secateur.models.structured_saving import Form, form_of, save_words
 from secateur.models.surgery import keep_original_config
-from secateur.models.units import units_of
+from secateur.models.units import Group
 from secateur.progress import SILENT, Progress
 from secateur.recipe import Evaluation, Recipe
 from secateur.recipe_parts import Pretraining
 from secateur.run.folder import RunFolder, writable
 from secateur.run.pretraining_results import Before, assemble_pretraining
-from secateur.run.pretraining_setup import data_of, identity_of, options_of, relevant, settings_of
+from secateur.run.pretraining_setup import (
+    data_of,
+    identity_of,
+    in_memory,
+    options_of,
+    relevant,
+    settings_of,
+)
 from secateur.run.ranks import Ranks
 from secateur.run.recovered import drop_checkpoints
 from secateur.run.recovery import round_to_stored
@@ -84,6 +91,7 @@ def pretrain_model(
     """
     if out is not None:
         writable(out)
+    text = in_memory(text)
     ranks = Ranks.from_environment(device)
     loaded = _opened(source, device, dtype, trust_remote_code, progress)
     model = loaded.model
@@ -97,7 +105,9 @@ def pretrain_model(
     with ExitStack() as stack:
         folder = None
         if out is not None:
-            mark = identity_of(loaded, spec, ranks)
+            mark = identity_of(
+                loaded, spec, ranks, evaluation=evaluation, windows=windows, text=text
+            )
             if ranks.leads:
                 folder = stack.enter_context(RunFolder(out, mark, fresh=fresh))
             ranks.barrier()
@@ -107,7 +117,7 @@ def pretrain_model(
                 return found
             folder.event("started", model=loaded.name, budget=hook.options.budget)
         data = data_of(spec, loaded, length, settings, text, folder, progress)
-        before = _before(model, windows, folder, ranks, spec, length, progress)
+        before = _before(model, windows, folder, ranks, hook.groups, length, progress)
         teacher = deepcopy(model) if spec.distil else None
         loss: Loss = next_token_loss
         if teacher is not None:
@@ -286,12 +296,11 @@ def _before(
     windows: Windows | None,
     folder: RunFolder | None,
     ranks: Ranks,
-    spec: Pretraining,
+    groups: list[Group],
     length: int,
     progress: Progress,
 ) -> Before:
     """What the dense model is; measured once, also if the run is taken up again."""
-    groups = units_of(model, spec.kinds, spec.gqa).groups
     quality = None
     if windows is not None and ranks.leads:
         quality = None if folder is None else folder.read("dense.json")

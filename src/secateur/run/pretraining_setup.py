@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from secateur.data.windows import Windows
 from secateur.errors import UsageError
 from secateur.models.loading import Loaded
 from secateur.progress import Progress
+from secateur.recipe import Evaluation
 from secateur.recipe_parts import Pretraining
 from secateur.run.folder import RunFolder
 from secateur.run.ranks import Ranks
@@ -23,7 +25,7 @@ from secateur.training.prune_schedule import PruneSchedule
 from secateur.training.settings import TrainSettings
 from secateur.training.unit_choice import Rules
 
-_FREE = ("checkpoint_every", "epochs", "micro_batch")
+_FREE = ("checkpoint_every", "epochs")
 """Settings that may change when a training is taken up again."""
 
 
@@ -61,7 +63,7 @@ def options_of(
             value=spec.tokens,
             fix=f"at least {3 * spec.batch * length:,}, or a smaller batch or length",
         )
-    start = max(1, round(spec.prune_from * settings.steps))
+    start = min(max(1, round(spec.prune_from * settings.steps)), settings.steps - 1)
     schedule = PruneSchedule(
         spec.prune_pace,
         start=start,
@@ -106,15 +108,74 @@ def relevant(spec: Pretraining) -> dict[str, Any]:
     return {f"pretraining.{k}": v for k, v in values.items() if k not in _FREE}
 
 
-def identity_of(loaded: Loaded, spec: Pretraining, ranks: Ranks) -> dict[str, Any]:
-    """What a run's folder is a run of."""
+def identity_of(
+    loaded: Loaded,
+    spec: Pretraining,
+    ranks: Ranks,
+    *,
+    evaluation: Evaluation | None = None,
+    windows: Windows | None = None,
+    text: Any = None,
+) -> dict[str, Any]:
+    """What a run's folder is a run of.
+
+    Args:
+        evaluation, windows: what quality is measured on: before and after on the same.
+        text: given in memory, see ``in_memory``.
+    """
     return {
+        "evaluation": None if evaluation is None else evaluation.model_dump(mode="json"),
+        "evaluation.windows": None if windows is None else windows.fingerprint,
+        "text": _fingerprint(text),
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "secateur": __version__,
         "pretrains": loaded.fingerprint,
         "threads": torch.get_num_threads(),
         "ranks": ranks.world,
         **relevant(spec),
     }
+
+
+def in_memory(text: Any) -> Any:
+    """A text given in memory as what ``open_stream`` reads, or as the windows it is already.
+
+    Strings together are documents; a ``Text``, a data set or several of them stay what they are.
+
+    Raises:
+        UsageError: documents that are not strings.
+    """
+    if text is None or isinstance(text, Windows) or hasattr(text, "order") or _readable(text):
+        return text
+    several = isinstance(text, Iterable) and not isinstance(text, Mapping | str | bytes)
+    parts = list(text) if several else [text]
+    if all(isinstance(part, str) for part in parts):
+        return Text.of(parts, "documents")
+    for part in parts:
+        if not _readable(part):
+            raise UsageError(
+                "documents are strings, all of them",
+                field="text",
+                value=type(part).__name__,
+                fix="a list of strings, a Text, or one split of a data set of 'datasets'",
+            )
+    return parts
+
+
+def _readable(text: Any) -> bool:
+    """What ``open_stream`` knows besides names: a ``Text``, rows of ``datasets``."""
+    return isinstance(text, Text) or hasattr(text, "features") or hasattr(text, "load_state_dict")
+
+
+def _fingerprint(text: Any) -> str | None:
+    """What tells one text in memory from another."""
+    if text is None:
+        return None
+    if isinstance(text, list):
+        return ", ".join(str(_fingerprint(part)) for part in text)
+    if isinstance(text, Text):
+        return text.sha256
+    known = getattr(text, "fingerprint", None) or getattr(text, "_fingerprint", None)
+    return str(known or type(text).__name__)
 
 
 def data_of(
@@ -132,8 +193,6 @@ def data_of(
         return source
     if hasattr(source, "order"):
         return cast(Data, source)
-    if text is not None:
-        source = Text.of([str(document) for document in text], "documents")
     index = None if folder is None else folder.inner / "stream.jsonl"
     known = index is not None and index.exists()
     try:
@@ -145,6 +204,7 @@ def data_of(
             separator=spec.separator,
             tokens=settings.steps * settings.batch * length,
             epochs=spec.epochs,
+            block=spec.block,
             seed=spec.seed,
             vocabulary=loaded.vocabulary,
             index=index,

@@ -58,8 +58,7 @@ class Compensation:
     ) -> None:
         self.per_window = max(1, -(-tokens // windows))
         self.damping, self.solver = damping, solver
-        self.looking = False
-        """Inputs are sampled while this is set: a training step's, and not a validation's."""
+        self._awaited: set[str] = set()  # sites that the forward under way has not reached
         self.sites: dict[str, _Site] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for group in groups:
@@ -81,14 +80,23 @@ class Compensation:
                 stays[gone] = False
                 self.sites[key] = _Site([linear], gone, stays.nonzero().reshape(-1), name)
         self._handles = [
-            site.linears[0].register_forward_pre_hook(self._sampler(site))
-            for site in self.sites.values()
+            site.linears[0].register_forward_pre_hook(self._sampler(key, site))
+            for key, site in self.sites.items()
         ]
 
-    def _sampler(self, site: _Site) -> Any:
+    def look(self) -> None:
+        """Sample inputs in the forward that comes, once: computed again in backward, not again."""
+        self._awaited = set(self.sites)
+
+    def rest(self) -> None:
+        """Sample nothing: what comes is not a training step's forward."""
+        self._awaited = set()
+
+    def _sampler(self, key: str, site: _Site) -> Any:
         def sample(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not self.looking:
+            if key not in self._awaited:
                 return
+            self._awaited.discard(key)
             x = args[0].detach()
             if x.dim() == 2:
                 x = x.unsqueeze(0)

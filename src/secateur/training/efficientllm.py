@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.masks.structured import StructuredMask, structure_of
-from secateur.models.norms import is_rms, stem_norms
+from secateur.models.norms import is_rms, see_all, stem_norms, unmask_norms
 from secateur.models.surgery import shrink
 from secateur.models.units import Group, parameters_of
 from secateur.training.compensation import Compensation
@@ -90,6 +90,11 @@ class PruningAware(Hook):
         self._ledger = UnitLedger(model, self._groups, self.options.context / 2)
         self._waiting = 0
 
+    @property
+    def groups(self) -> list[Group]:
+        """The units that may go, in the model as it is."""
+        return self._groups
+
     def _now(self) -> UnitLedger:
         assert self._ledger is not None
         return self._ledger
@@ -133,16 +138,21 @@ class PruningAware(Hook):
         if self._started is None or self._started[0] != at.step:
             self._started = (at.step, self._clock())
         if self._compensation is not None:
-            self._compensation.looking = True
+            self._compensation.look()
 
     def after_backward(self, at: Training) -> None:
         """See ``Hook``: the step's gradients, summed over processes, not yet clipped."""
         if self._compensation is not None:
-            self._compensation.looking = False
+            self._compensation.rest()
         if self._waiting:
             silence_gradients(at.model, self._groups, self._gone)
         if self.settled:
             return
+        if at.accelerator.scaler is not None and not _finite(at):
+            return  # the scaled loss overflowed: the step will be skipped, and says nothing
+        device = next(iter(at.named.values())).device
+        if device.type == "cuda":  # else the clock would count the backward's end
+            torch.cuda.synchronize(device)
         start = self._clock()
         self.sums.add()
         self.seconds["saliency"] += self._clock() - start
@@ -169,6 +179,22 @@ class PruningAware(Hook):
         if self._waiting:
             self._compact(at)
 
+    def abort(self, at: Training, reverted: bool) -> None:
+        """See ``Hook``: no zeros, no masked norms and no look at inputs are left in the model."""
+        if self._compensation is not None:
+            self._compensation.release()
+        if not self._waiting:
+            return
+        if not reverted:
+            self._compact(at)
+            return
+        for group in self._groups:
+            if group.kind == "stem":
+                for norm in stem_norms(at.model, group).values():
+                    see_all(norm)
+        unmask_norms(at.model)
+        self._look(at.model)
+
     def metrics(self) -> dict[str, Any]:
         """See ``Hook``."""
         return {"parameters": self.parameters}
@@ -185,7 +211,9 @@ class PruningAware(Hook):
         """Choose what goes after the step that comes, so that its forward can be looked at."""
         self._next, self._compensation, self._planned = [], None, True
         step, schedule, budget = at.step + 1, self.options.schedule, self.options.budget
-        if self.settled or not schedule.due(step):
+        if self.settled or not (schedule.due(step) or step > schedule.stop):
+            return
+        if self.sums.weight == 0:  # every step since the last event was skipped: wait for one
             return
         chooser = Chooser(
             self._groups, self._scores(at), {k: g.numpy() for k, g in self._gone.items()},
@@ -216,7 +244,7 @@ class PruningAware(Hook):
 
     def _due(self, step: int, chooser: Chooser) -> bool:
         schedule = self.options.schedule
-        if step == schedule.stop:
+        if step >= schedule.stop:
             return True
         if schedule.pace == "every_n_batches":
             return self._spent < schedule.channels(step)
@@ -368,6 +396,12 @@ class PruningAware(Hook):
             for field_ in ("variance_epsilon", "eps")
             if is_rms(norm) and hasattr(norm, field_)
         }
+
+
+def _finite(at: Training) -> bool:
+    """Whether every gradient is."""
+    norm = nn.utils.get_total_norm([p.grad for p in at.named.values() if p.grad is not None])
+    return bool(torch.isfinite(norm))
 
 
 def joint(choices: Sequence[Choice]) -> dict[str, list[int]]:

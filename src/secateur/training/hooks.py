@@ -84,6 +84,13 @@ class Hook:
     def end(self, at: Training) -> None:
         """After the last step, also when it stopped early."""
 
+    def abort(self, at: Training, reverted: bool) -> None:
+        """When an error or a signal ends the training; leave an ordinary model behind.
+
+        Args:
+            reverted: the parameters are those of the last good state in memory again.
+        """
+
     def metrics(self) -> dict[str, Any]:
         """Figures to write beside the loss of the step just done."""
         return {}

@@ -131,7 +131,7 @@ def _train(
     """``fit`` once everything is in place."""
     settings = at.settings
     run = _Run(at, data, loss, hooks, validate, folder, identity)
-    with _own_randomness(), _patient_interrupt() as interrupted:
+    with _own_randomness(), _patient_interrupt() as interrupted, run.leaving_order():
         run.restore(fresh)
         for hook in hooks:
             hook.begin(at)
@@ -189,9 +189,20 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.best_value, self.worse, self.stopped_early = math.inf, 0, False
         self.seconds_before = 0.0
+        self.reverted = False
         self.shapes = self._shapes()
         # Without a folder the last good state is kept in memory.
         self.good: dict[str, Tensor] = {} if folder else self._copied()
+
+    @contextmanager
+    def leaving_order(self) -> Iterator[None]:
+        """Whatever ends the training early, hooks put the model in order."""
+        try:
+            yield
+        except BaseException:
+            for hook in self.hooks:
+                hook.abort(self.at, self.reverted)
+            raise
 
     @property
     def leads(self) -> bool:
@@ -312,6 +323,7 @@ class _Run:
                 kept = f"the checkpoint of step {found[1]['step']} is kept"
         if all(good[n].shape == s for n, s in self._shapes().items() if n in good):
             self._put(good)
+            self.reverted = self.folder is None
         raise NumericsError(
             f"the {what} is not finite at step {self.at.step + 1}; {kept}",
             field="lr",

@@ -246,6 +246,19 @@ def smallest(
     ledger: UnitLedger,
     rules: Rules,
 ) -> int:
-    """Parameters when every group is down to what must stay."""
-    moves = {g.key: g.n_units - rules.least(g) for g in groups}
+    """Parameters when every group is down to what must stay.
+
+    With uniform widths a type stops where its narrowest layer does; the others only come down
+    to their multiples from there.
+    """
+    room = {g.key: g.n_units - rules.least(g) for g in groups}
+    if rules.layer_mode == "global":
+        return ledger.after(room).parameters
+    moves = {}
+    for group in groups:
+        alike = [g for g in groups if type_of(g) == type_of(group)]
+        taken = group.even * min(room[g.key] // g.even for g in alike)
+        if type_of(group) != "head" and rules.round_to > 1:
+            taken += min((group.n_units - taken) % rules.round_to, room[group.key] - taken)
+        moves[group.key] = taken
     return ledger.after(moves).parameters
