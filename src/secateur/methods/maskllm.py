@@ -87,7 +87,7 @@ class MaskLLM(Described):
                 value=self.prior,
                 fix=f"none, the path of a mask, or one of {known}",
             )
-        if not 1 <= self.turns <= self.steps:
+        if not 1 <= self.turns <= max(1, self.steps):  # steps of 0 have an error of their own
             raise UsageError("between 1 and the steps", field="turns", value=self.turns)
         if self.turns > 1 and self.prior == "none":
             raise UsageError(
