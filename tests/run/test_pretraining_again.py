@@ -9,7 +9,8 @@ from secateur.data.documents import text_of
 from secateur.data.stream import names_texts, open_stream
 from secateur.data.texts import Text
 from secateur.errors import UsageError
-from secateur.masks.structured import structure_of
+from secateur.masks.structured import StructuredMask, structure_of
+from secateur.models.surgery import shrink
 from secateur.models.tiny import tiny_model, tiny_tokenizer
 from secateur.recipe_parts import Pretraining
 from secateur.run.pretraining_setup import in_memory, options_of, settings_of
@@ -109,12 +110,18 @@ def test_uniform_widths_stop_at_the_narrowest_layer():
         8,
         model,
     )
+    mask = StructuredMask()
+    first = find_groups(model, options)[0]
+    mask.remove(first, torch.arange(first.n_units) < 10)
+    shrink(model, mask)
     groups = find_groups(model, options)
+    narrow = min(g.n_units for g in groups)
+    assert narrow == max(g.n_units for g in groups) - 10
     ledger = UnitLedger(model, groups, 4)
-    ledger.take({groups[0].key: 0})
-    narrow = groups[0].n_units
-    whole = smallest(groups, ledger, Rules(min_ffn=narrow - 2))
-    assert whole == ledger.after({g.key: 2 for g in groups}).parameters
+    least = ledger.after({g.key: 2 for g in groups}).parameters
+    assert smallest(groups, ledger, Rules(min_ffn=narrow - 2)) == least
+    own = smallest(groups, ledger, Rules(min_ffn=narrow - 2, layer_mode="global"))
+    assert own < least
 
 
 def test_an_interrupted_training_leaves_an_ordinary_model(monkeypatch):
