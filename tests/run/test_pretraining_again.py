@@ -145,3 +145,11 @@ def test_an_interrupted_training_leaves_an_ordinary_model(monkeypatch):
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+def test_a_pace_too_slow_for_its_budget_is_told():
+    few = SMALL | {"tokens": 4 * 32 * 8, "keep_params": 0.6, "prune_pace": "every_n_batches"}
+    result = secateur.pretrain(
+        tiny_model("llama"), tokenizer=tiny_tokenizer(), text=ONE, evaluation=None, **few
+    )
+    assert any("pace was too slow" in note for note in result.report["notes"])

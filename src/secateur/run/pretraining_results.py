@@ -58,6 +58,14 @@ def profile(model: nn.Module, length: int) -> dict[str, Any]:
     }
 
 
+def _left_to_the_end(hook: PruningAware) -> float:
+    """Share of the choices that a fixed pace left to the last step of pruning."""
+    schedule, events = hook.options.schedule, hook.events
+    if schedule.pace != "every_n_batches" or not events:
+        return 0.0
+    return sum(event["step"] >= schedule.stop for event in events) / len(events)
+
+
 def assemble_pretraining(
     loaded: Loaded,
     spec: Pretraining,
@@ -88,6 +96,12 @@ def assemble_pretraining(
         )
     if now > hook.options.budget:
         notes.append("the training stopped before its budget was met")
+    at_once = _left_to_the_end(hook)
+    if at_once > 0.5:
+        notes.append(
+            f"the pace was too slow for the budget: {at_once:.0%} of the choices went at once at "
+            "the end of pruning. A lower prune_every, a later prune_until or more tokens spread them"
+        )
     written = memory_bytes(model) if folder is None else weight_bytes(folder.path)
     return {
         "secateur": __version__,
