@@ -153,3 +153,17 @@ def test_a_pace_too_slow_for_its_budget_is_told():
         tiny_model("llama"), tokenizer=tiny_tokenizer(), text=ONE, evaluation=None, **few
     )
     assert any("pace was too slow" in note for note in result.report["notes"])
+
+
+def test_layers_of_their_own_widths_are_saved_and_opened_again(tmp_path, tiny_folder):
+    """(G.10) A shape no plain config can say."""
+    out, ids = tmp_path / "out", torch.arange(4, 20)[None]
+    result = secateur.pretrain(
+        tiny_folder("llama"), text=ONE, out=out, evaluation=None, layer_mode="global",
+        **SMALL | {"keep_params": 0.7, "tokens": 4 * 32 * 8},
+    )  # fmt: skip
+    assert len({layer.mlp.up_proj.out_features for layer in result.model.model.layers}) > 1
+    assert not result.report["structure"]["form"]["stock"]
+    with torch.no_grad():
+        again = secateur.load_pruned(out, dtype=torch.float32)(ids).logits
+        assert torch.equal(again, result.model(ids).logits)

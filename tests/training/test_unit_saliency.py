@@ -1,18 +1,22 @@
 """Saliency of units, what they weigh, which goes and when: the maths of EfficientLLM, in parts."""
 
+import pydoc_data.topics
+
 import numpy as np
 import pytest
 import torch
 from efficient_cases import exact_llama, exact_loss, parameters, windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from secateur.data.batches import Batch
 from secateur.errors import NumericsError, UsageError
 from secateur.masks.structured import StructuredMask
+from secateur.models.loading import load
 from secateur.models.surgery import shrink
 from secateur.models.tiny import tiny_model
-from secateur.models.units import parameters_of, units_of
+from secateur.models.units import parameters_of, unit_values, units_of
 from secateur.training.group_saliency import SALIENCIES, SaliencySums, line_sums
 from secateur.training.prune_schedule import PruneSchedule
 from secateur.training.unit_choice import Chooser, Rules, smallest
@@ -85,6 +89,59 @@ def test_slices_of_a_unit_are_aligned():
     assert torch.allclose(sums(attention.v_proj, 0), sums(attention.o_proj, 1), **close)
     q, k = (sums(m, 0).view(4, -1).sum(1) for m in (attention.q_proj, attention.k_proj))
     assert torch.allclose(q, k, **close)
+
+
+def test_a_value_head_is_worth_what_its_query_heads_columns_are():
+    """(G.4) With shared keys and values: v's rows of a head, o's columns of all that read it."""
+    model = with_gradients(exact_llama(num_key_value_heads=2))
+    attention = model.model.layers[0].self_attn
+    size = attention.head_dim
+    rows, columns = (
+        line_sums(m.weight.detach(), m.weight.grad, "vector", [dim])[dim]
+        for m, dim in ((attention.v_proj, 0), (attention.o_proj, 1))
+    )
+    read = columns.view(2, -1, size).sum(1).flatten()  # heads of a group lie side by side
+    assert rows.abs().max() > 1e-6
+    assert torch.allclose(rows, read, rtol=1e-4, atol=1e-9)
+
+
+@torch.no_grad()
+def true_damage(model, group, units, ids):
+    """What the loss gains by each unit alone set to zero."""
+    named, loss = parameters_of(model), lambda: float(model(ids, labels=ids).loss)
+    before, out = loss(), []
+    for unit in units:
+        kept = [named[part.parameter].clone() for part in group.reads()]
+        for part in group.reads():
+            named[part.parameter].index_fill_(part.dim, part.index[unit], 0.0)
+        out.append(loss() - before)
+        for part, value in zip(group.reads(), kept, strict=True):
+            named[part.parameter].copy_(value)
+    return out
+
+
+def test_saliency_ranks_true_damage_better_than_size():
+    """(G.6) On a trained model, against removing each channel for real."""
+    loaded = load("tiny")
+    ids = loaded.tokenizer(pydoc_data.topics.topics["class"], return_tensors="pt").input_ids[
+        :, :512
+    ]
+    ids = ids[:, : 4 * (ids.shape[1] // 4)].reshape(4, -1)
+    model = loaded.model
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
+    group = next(g for g in units_of(model, ("ffn",)).groups if g.block == 2)
+    units = range(0, group.n_units, 8)
+    damage = np.abs(true_damage(model, group, units, ids))
+    size = unit_values(
+        group, group.slices, {n: p.detach() ** 2 for n, p in parameters_of(model).items()}
+    )
+    ranks = {"size": spearmanr(size[::8], damage).statistic}
+    for kind in ("taylor1", "obd"):
+        _, scores = scored(model, kind)
+        ranks[kind] = spearmanr(scores[group.key][::8], damage).statistic
+    assert min(ranks["taylor1"], ranks["obd"]) > ranks["size"] + 0.05, ranks
 
 
 def test_vector_score_is_the_slope_of_the_loss():
