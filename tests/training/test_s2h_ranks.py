@@ -25,6 +25,8 @@ from test_s2h_ranks import trained
 ranks = Ranks.from_environment("cpu")
 out = trained(ranks.rank) | {"error": trained(ranks.rank, parted=True)}
 torch.save(out, f"{sys.argv[1]}/made-{ranks.rank}.pt")
+ranks.barrier()  # a process that leaves early resets what the other still reads
+torch.distributed.destroy_process_group()
 """
 
 
@@ -62,13 +64,18 @@ def trained(rank, parted=False):
 def test_two_processes_learn_the_widths_of_one_and_refuse_masks_that_part(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         str(script), str(tmp_path), os.path.dirname(__file__)],
-        env={**os.environ, "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    for _ in range(
+        2
+    ):  # a busy machine can lose a connection of gloo's; what is learnt is judged below
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+             str(script), str(tmp_path), os.path.dirname(__file__)],
+            env={**os.environ, "OMP_NUM_THREADS": "1",
+                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        if done.returncode == 0:
+            break
     assert done.returncode == 0, done.stderr[-2000:]
     alone = trained(0)
     first, second = (torch.load(tmp_path / f"made-{rank}.pt") for rank in (0, 1))
