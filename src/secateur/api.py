@@ -279,14 +279,8 @@ def recover(
     """
     named = isinstance(text, str | Path)
     values = {"method": method, **({"text": str(text)} if named else {}), **settings}
-    measured = {"text": evaluation} if isinstance(evaluation, str) else evaluation
-    if measured is not None and not isinstance(measured, Evaluation):
-        measured = build_part(Evaluation, "evaluation", dict(measured))
-    source: Any = str(model) if isinstance(model, str | Path) else None
-    if isinstance(model, nn.Module):
-        source = Loaded(model, tokenizer, None, _name(model), fingerprint_model(model))
     return recover_model(
-        source,
+        _source(model, tokenizer),
         build_part(Recovery, "recovery", values),
         out=None if out is None else Path(out),
         masks=Path(masks) if isinstance(masks, str | Path) else masks,
@@ -294,12 +288,27 @@ def recover(
         no_mask=no_mask,
         adapter=None if adapter is None else Path(adapter),
         dense=str(dense) if isinstance(dense, str | Path) else dense,
-        evaluation=measured,
+        evaluation=_evaluation(evaluation),
         text=None if named else text,
         fresh=fresh,
         progress=progress,
         command="secateur.recover(...)",
     )
+
+
+def _evaluation(given: str | Mapping[str, Any] | Evaluation | None) -> Evaluation | None:
+    """What to measure on, of a text's name, settings, or the thing itself."""
+    values = {"text": given} if isinstance(given, str) else given
+    if values is None or isinstance(values, Evaluation):
+        return values
+    return build_part(Evaluation, "evaluation", dict(values))
+
+
+def _source(model: str | Path | nn.Module | None, tokenizer: Any) -> Any:
+    """What a run starts from: a name, or a model in memory with its tokenizer."""
+    if isinstance(model, nn.Module):
+        return Loaded(model, tokenizer, None, _name(model), fingerprint_model(model))
+    return None if model is None else str(model)
 
 
 def pretrain(
@@ -347,17 +356,11 @@ def pretrain(
     values = {"keep_params": keep_params, "tokens": tokens, **settings}
     if named:
         values["text"] = [str(t) for t in text] if several else str(text)
-    measured = {"text": evaluation} if isinstance(evaluation, str) else evaluation
-    if measured is not None and not isinstance(measured, Evaluation):
-        measured = build_part(Evaluation, "evaluation", dict(measured))
-    source: Any = str(model) if isinstance(model, str | Path) else None
-    if isinstance(model, nn.Module):
-        source = Loaded(model, tokenizer, None, _name(model), fingerprint_model(model))
     return pretrain_model(
-        source,
+        _source(model, tokenizer),
         build_part(Pretraining, "pretraining", values),
         out=None if out is None else Path(out),
-        evaluation=measured,
+        evaluation=_evaluation(evaluation),
         text=None if named else text,
         fresh=fresh,
         progress=progress,

@@ -39,8 +39,10 @@ def test_gates_of_zero_and_one_are_the_sliced_network(name):
         with paths.soft(gates):
             soft = model(images)
         model.load_state_dict(state)
-        # Equal bit for bit but where an einsum gets other strides, so another order of sums.
-        torch.testing.assert_close(hard, wanted, rtol=1e-6, atol=1e-6)
+        if name == "einsum":  # it gets other strides, so another order of sums
+            torch.testing.assert_close(hard, wanted, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(hard, wanted)
         assert torch.allclose(soft, wanted, atol=2e-5)
         assert not torch.allclose(before, wanted, atol=1e-3)
     model.eval()

@@ -82,8 +82,8 @@ def pretrain_model(
         evaluation: held-out text to measure on before and after, and to look at on the way;
             None measures nothing.
         text: windows, documents or a stream in memory, instead of ``spec.text``.
-        dtype: of the weights while they train; ``auto`` is float32, and they are written in the
-            checkpoint's own type.
+        dtype: of the weights while they train; ``auto`` is float32 (a model in memory keeps its
+            own), and they are written in the checkpoint's own type.
 
     Raises:
         UsageError: a budget that cannot be reached, another run in the folder, data that runs

@@ -19,7 +19,7 @@ from secateur.models.units import Group
 from secateur.recipe import Evaluation, Structure
 from secateur.recipe_parts import Pretraining
 from secateur.run.folder import RunFolder
-from secateur.run.structured_results import unit_words
+from secateur.run.structured_results import group_row
 from secateur.training.efficientllm import PruningAware
 from secateur.training.loop import Fitted
 
@@ -132,7 +132,7 @@ def assemble_pretraining(
             "pattern": None,
         },
         "structure": {
-            "groups": [_row(g, mask) for g in before.groups],
+            "groups": [group_row(g, mask) for g in before.groups],
             "skipped": {},
             "parameters": {"before": was, "after": now},
             "flops": {
@@ -219,27 +219,6 @@ def history(
         "spent": {k: round(v, 3) for k, v in hook.seconds.items()},
         "text": data_record,
         "wall_seconds": round(seconds, 3),
-    }
-
-
-def _row(group: Group, mask: StructuredMask) -> dict[str, Any]:
-    removed = int(mask.of(group).sum())
-    return {
-        "name": group.key,
-        "kind": group.kind,
-        "unit": unit_words(group),
-        "block": group.block,
-        "stack": group.stack,
-        "attention": group.attention,
-        "finest": group.original.shape[1],
-        "before": group.n_units,
-        "after": group.n_units - removed,
-        "asked": removed,
-        "removed": removed,
-        "notes": {},
-        "tokens": None,
-        "seconds": None,
-        "scores": None,
     }
 
 

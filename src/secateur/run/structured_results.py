@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -48,7 +49,7 @@ def assemble_structured(
     """Everything known about the run as one JSON-able record (the report's only input)."""
     groups = list(units)
     noted = {r["key"]: r for r in records}
-    rows = [_row(g, plan, mask, noted.get(g.key, {})) for g in groups]
+    rows = [group_row(g, mask, plan.units[g.key].removed, noted.get(g.key, {})) for g in groups]
     model = session.loaded.model
     source = session.loaded.folder
     pruned_bytes = memory_bytes(model) if folder is None else weight_bytes(folder.path)
@@ -144,8 +145,14 @@ def _target(
     return {"kind": kind, "asked": plan.target.sparsity, "delivered": delivered}
 
 
-def _row(group: Group, plan: Plan, mask: StructuredMask, noted: dict[str, Any]) -> dict[str, Any]:
-    removed = int(mask.of(group).sum())
+def group_row(
+    group: Group,
+    mask: StructuredMask,
+    asked: int | None = None,
+    noted: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What became of a group; ``asked`` is what a plan wanted gone, if there was one."""
+    removed, noted = int(mask.of(group).sum()), noted or {}
     return {
         "name": group.key,
         "kind": group.kind,
@@ -156,7 +163,7 @@ def _row(group: Group, plan: Plan, mask: StructuredMask, noted: dict[str, Any]) 
         "finest": group.original.shape[1],
         "before": group.n_units,
         "after": group.n_units - removed,
-        "asked": plan.units[group.key].removed,
+        "asked": removed if asked is None else asked,
         "removed": removed,
         "notes": noted.get("notes") or {},
         "tokens": noted.get("tokens"),
