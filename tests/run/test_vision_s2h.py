@@ -52,7 +52,13 @@ def test_a_run_delivers_its_flops_and_says_how_the_widths_went(tmp_path, monkeyp
     assert [heading for heading, _, _ in drawn] == [
         "Widths over the training", "Soft and hard network", "FLOPs against the target",
     ]  # fmt: skip
+    assert "cut" not in report["quality"]  # it is what was delivered
+    assert not report["model"]["trained"]
     page = (tmp_path / "again" / "report.html").read_text()
+    # Accuracy of random weights is nobody's dense accuracy.
+    assert "before training, random weights" in page
+    assert "Both networks give the same answer" not in page
+    assert "Training, widths with it" in page
     assert all(heading in page for heading, _, _ in drawn)
 
 
