@@ -62,6 +62,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "maskllm, a quarter of the steps": {"steps": 0.25},
     "maskllm, a logit a weight": {"logits": "weights"},
     "maskllm, five turns": {"turns": 5},
+    "maskllm, 8-bit moments": {"optimizer": "adamw8bit"},
     "maskllm, momentum only": {"optimizer": "sgd", "lr": 1.0},
 }
 WINDOWS, LENGTH = 1024, 256
@@ -192,6 +193,7 @@ def speed(rounds: int) -> dict[str, Any]:
 MEMORY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a logit a pattern": ({}, {}),
     "the same, and the best kept": ({}, {"patience": 9, "validate_every": 1}),
+    "8-bit moments": ({}, {"optimizer": "adamw8bit"}),
     "momentum only": ({}, {"optimizer": "sgd"}),
     "a logit a weight": ({"logits": "weights"}, {}),
 }
