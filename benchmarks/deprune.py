@@ -149,56 +149,75 @@ class Cells:
         finish("deprune", self.figures, self.path)
 
 
-def fashion_net(train: ImageSet) -> nn.Module:
-    """The dense network, trained once (18 k parameters, three quarters of a pass)."""
-    torch.manual_seed(0)
+def fashion_net(train: ImageSet, seed: int) -> nn.Module:
+    """The dense network of a seed, trained once (18 k parameters, three quarters of a pass)."""
+    torch.manual_seed(seed)
     model = MobileNet(width=8)
-    kept = CACHE / "deprune_fashion.safetensors"
+    kept = CACHE / f"deprune_fashion_{seed}.safetensors"
     if kept.is_file():
         model.load_state_dict(load_file(kept))
         return model.eval()
     settings = TrainSettings(
         steps=350, lr=0.1, batch=128, optimizer="sgd", schedule="cosine",
-        weight_decay=1e-4, clip=None, checkpoint_every=50,
+        weight_decay=1e-4, clip=None, checkpoint_every=50, seed=seed,
     )  # fmt: skip
-    fit_images(model, train, settings, folder=CACHE / "deprune_fashion")
+    fit_images(model, train, settings, folder=CACHE / f"deprune_fashion_{seed}")
     save_tensors(kept, model.state_dict())
     return model
 
 
 def fashion(args: Any) -> None:
-    """Every choice at every share; nothing else is pruned."""
+    """Every choice at every share and seed; nothing else is pruned. Latency is the first seed's."""
     train, test = read_images("fashion-mnist:train"), read_images("fashion-mnist:test").first(5000)
-    dense = fashion_net(train)
     cells = Cells("fashion", args.json)
     x = train.batch([0]).pixels
-    if "dense" not in cells:
-        cells.put("dense", {"accuracy": accuracy(dense, test).top1})
-    for share in args.shares:
-        for variant in args.variants:
-            key = f"{variant} {share:g}"
-            if key in cells:
-                continue
-            model = copy.deepcopy(dense)
-            outcome = cut(model, torch.zeros_like(x), variant, share, 0.0)
-            recalibrate_images(model, train, batches=20)
-            before = accuracy(model, test).top1
-            settings = TrainSettings(
-                steps=args.steps, lr=0.02, batch=128, optimizer="sgd", schedule="cosine",
-                weight_decay=1e-4, clip=None, checkpoint_every=None,
-            )  # fmt: skip
-            fit_images(model, train, settings, masks=outcome.masks)
-            cells.put(
-                key,
-                {
+    for seed in args.seeds:
+        dense = fashion_net(train, seed)
+        if f"dense seed {seed}" not in cells:
+            cells.put(f"dense seed {seed}", {"accuracy": accuracy(dense, test).top1})
+        for share in args.shares:
+            for variant in args.variants:
+                key = f"{variant} {share:g} seed {seed}"
+                if key in cells:
+                    continue
+                model = copy.deepcopy(dense)
+                outcome = cut(model, torch.zeros_like(x), variant, share, 0.0)
+                recalibrate_images(model, train, batches=20)
+                before = accuracy(model, test).top1
+                settings = TrainSettings(
+                    steps=args.steps, lr=0.02, batch=128, optimizer="sgd", schedule="cosine",
+                    weight_decay=1e-4, clip=None, checkpoint_every=None, seed=seed,
+                )  # fmt: skip
+                fit_images(model, train, settings, masks=outcome.masks)
+                cell: dict[str, Any] = {
                     "share": outcome.record["share"],
                     "accuracy_recalibrated": before,
                     "accuracy": accuracy(model, test).top1,
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "folded": outcome.record["folded_channels"],
-                    "latency": latency(dense, model, outcome.masks, x, 60),
-                },
-            )
+                }
+                if seed == args.seeds[0]:
+                    cell["latency"] = latency(dense, model, outcome.masks, x, 60)
+                cells.put(key, cell)
+    cells.figures["summary"] = over_seeds(cells.figures["cells"])
+    finish("deprune", cells.figures, cells.path)
+
+
+def over_seeds(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread of the accuracies over seeds."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for key, cell in cells.items():
+        rows.setdefault(key.partition(" seed ")[0], []).append(cell)
+    table = {}
+    for key, found in rows.items():
+        row: dict[str, Any] = {"seeds": len(found)}
+        for field in ("accuracy_recalibrated", "accuracy"):
+            values = [cell[field] for cell in found if field in cell]
+            if values:
+                row[field] = round(statistics.fmean(values), 4)
+                row[f"{field}_sd"] = round(statistics.stdev(values), 4) if values[1:] else None
+        table[key] = row
+    return table
 
 
 def imagenet(args: Any) -> None:
@@ -255,6 +274,7 @@ def main() -> None:
     parser.add_argument("what", choices=["fashion", "imagenet", "speed"])
     parser.add_argument("--variants", nargs="*", default=None)
     parser.add_argument("--shares", nargs="*", type=float, default=[0.7, 0.9, 0.5])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--pw", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=30)

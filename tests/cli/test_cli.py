@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import secateur
 from secateur.cli import COMMANDS, main
 
 
@@ -258,3 +259,9 @@ def test_importing_and_help_do_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_the_version_is_told(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([flag]) == 0
+    assert capsys.readouterr().out == f"secateur {secateur.__version__}\n"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.cli import main
@@ -76,6 +77,13 @@ def test_every_kind_of_model_is_cut_and_opens_again(
     assert record["held_out"]["samples"] == 2
     again = secateur.load_pruned(out)
     assert sum(p.numel() for p in again.parameters()) == record["parameters"]["after"]
+    page = (out / "report.html").read_text()
+    assert record["layers"][0]["name"] in page
+    assert "Score of each head" in page
+    assert main(["verify", str(out)]) == 0
+    assert "gives the recorded answers" in capsys.readouterr().out
+    assert main(["why", record["layers"][0]["name"], "--run", str(out)]) == 0
+    assert main(["report", str(out)]) == 0
     # and once more, from the pruned folder
     second = [
         "heads",
@@ -89,6 +97,35 @@ def test_every_kind_of_model_is_cut_and_opens_again(
     ]
     assert main(second) == 0
     assert "heads removed" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "2")]) == 0
+
+
+def test_a_folder_whose_weights_changed_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = saved(tmp_path / "model", "encoder"), rows(tmp_path / "data.jsonl")
+    out = tmp_path / "out"
+    assert (
+        main(["heads", str(model), "--data", str(data), "--share", "0.5", "--out", str(out)]) == 0
+    )
+    weights = load_file(out / "model.safetensors")
+    key = next(k for k in weights if k.endswith("dense.weight"))
+    weights[key] = weights[key].flip(0).contiguous()
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert main(["verify", str(out)]) == 1
+    assert "answers differently" in capsys.readouterr().err
+    assert main(["verify", "--quick", str(out)]) == 0
+
+
+def test_a_decoder_of_grouped_heads_verifies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "lines.txt", tmp_path / "out"
+    data.write_text("\n".join(WORDS))
+    assert main(["heads", "tiny", "--data", str(data), "--share", "0.4", "--out", str(out)]) == 0
+    assert main(["verify", str(out)]) == 0
+    assert "layers keep exactly" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

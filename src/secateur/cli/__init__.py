@@ -9,10 +9,11 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from secateur import __version__
 from secateur.errors import SecateurError
 
 # typer carries its own click, whose base error it does not export by name.
@@ -45,6 +46,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"secateur {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Makes trained models smaller and faster, and proves it."""
+
 
 for name in COMMANDS:
     module = importlib.import_module(f"secateur.cli.{name}")

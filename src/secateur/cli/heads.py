@@ -65,7 +65,7 @@ def command(
         seed,
         device or "auto",
     )
-    record = run_heads(job, out, common.progress(as_json))
+    record = run_heads(job, out, common.progress(as_json), command=common.command_line())
     if as_json:
         common.emit(record)
         return
@@ -86,3 +86,4 @@ def command(
         common.say(f"held-out    {held_out['what']}: {held_out['mean']:.4f}")
     how = "any transformers" if record["stock"] else "secateur.load_pruned"
     common.say(f"written     {common.plain(record['folder'])}, opens with {how}")
+    common.say(f"report      {common.plain(out / 'report.html')}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def save_pruned(
     tokenizer: Any = None,
     *,
     facts: dict[str, Any] | None = None,
+    also: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Write a transformers model that ``shrink`` or ``prune_heads`` cut, and prove the folder.
 
@@ -35,6 +37,8 @@ def save_pruned(
     Args:
         folder: must not exist, or be empty.
         facts: more entries for the manifest (how it was pruned).
+        also: writes more files into the folder before it gets its name; called with the folder as it
+            is then, and with what is returned.
 
     Returns:
         ``stock`` (bool), ``why`` it is not or by which trick it is, and ``tensors`` compared.
@@ -65,7 +69,9 @@ def save_pruned(
     try:
         save_weights(model, place)
         save_words(place, model, tokenizer, facts or {}, form=form)
-        compared = _compare(model, place)
+        record = {"stock": form.stock, "why": form.why, "tensors": _compare(model, place)}
+        if also is not None:
+            also(place, record)
         with told_plainly(folder):
             place.chmod(0o755)
             if folder.is_dir():
@@ -74,7 +80,7 @@ def save_pruned(
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
-    return {"stock": form.stock, "why": form.why, "tensors": compared}
+    return record
 
 
 @torch.no_grad()

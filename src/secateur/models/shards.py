@@ -172,6 +172,11 @@ class SafetensorsFolder:
         """Bytes of all tensors' data."""
         return sum(s.specs[n].nbytes for s in self.shards for n in s.specs)
 
+    @property
+    def elements(self) -> int:
+        """Numbers in all tensors."""
+        return sum(prod(s.specs[n].shape) for s in self.shards for n in s.specs)
+
 
 def _read_index(index: Path) -> dict[str, str]:
     try:

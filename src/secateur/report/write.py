@@ -43,6 +43,10 @@ def write_report(result: dict[str, Any], folder: Path | str) -> dict[str, Path]:
         from secateur.report.vision import write_vision_report
 
         return write_vision_report(result, folder)
+    if result.get("kind") == "heads":
+        from secateur.report.heads import write_heads_report
+
+        return write_heads_report(result, folder)
     result = _PARTS | finite(result)
     context = {
         "result": result,

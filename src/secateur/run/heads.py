@@ -1,18 +1,20 @@
-"""Head pruning of a model of any kind on samples of its task: load, rank, cut, measure, save."""
+"""Head pruning of a model of any kind on samples of its task: load, rank, cut, measure, save, prove."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur import __version__
 from secateur.data.samples import Samples, read_samples, sample_batches
 from secateur.errors import UsageError
+from secateur.evaluation.speed import machine
 from secateur.evidence.gates import gate_sites
 from secateur.evidence.objectives import (
     Batch,
@@ -20,15 +22,18 @@ from secateur.evidence.objectives import (
     classification,
     feature_probe,
     language_model,
-    pooled_features,
     sequence_to_sequence,
 )
 from secateur.export.pruned import save_pruned
+from secateur.files import write_json
+from secateur.masks.structured import StructuredMask, structure_of
 from secateur.methods.head_selection import HeadRules
 from secateur.methods.heads import Ranking, prune_heads
 from secateur.models.any_model import load_transformer
-from secateur.models.state import evaluating
+from secateur.models.shards import SafetensorsFolder
 from secateur.progress import SILENT, Progress
+from secateur.report import write_report
+from secateur.run.heads_proof import keep_probe, measured
 
 HELD_OUT = 0.2
 """Share of the samples, from the end, that measure and do not rank."""
@@ -61,8 +66,13 @@ class HeadRun:
     device: str = "auto"
 
 
-def run_heads(job: HeadRun, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
-    """Prune and write ``out``; what was done and measured, for JSON.
+def run_heads(
+    job: HeadRun, out: Path, progress: Progress = SILENT, *, command: str = ""
+) -> dict[str, Any]:
+    """Prune and write ``out`` with its report; what was done and measured, for JSON.
+
+    Args:
+        command: how to run this again, for the report.
 
     Raises:
         SecateurError: naming field, value and fix; ``out`` is then not there.
@@ -85,7 +95,7 @@ def run_heads(job: HeadRun, out: Path, progress: Progress = SILENT) -> dict[str,
 
     ranking, held_out = (batches(samples.part(rows)) for rows in (slice(cut), slice(cut, None)))
     parameters = sum(p.numel() for p in model.parameters())
-    before = _measured(model, held_out, measure)
+    before = measured(model, held_out, measure)
     sites = {site.name: site for site in gate_sites(model)}
     result = prune_heads(
         model,
@@ -101,10 +111,14 @@ def run_heads(job: HeadRun, out: Path, progress: Progress = SILENT) -> dict[str,
         progress=progress,
     )
     last = result.cuts[-1]
-    after = _measured(model, held_out, measure)
-    facts = {"method": "heads", "ranking": job.ranking, "share": job.share}
-    saved = save_pruned(model, out, loaded.tokenizer, facts=facts)
-    return {
+    after = measured(model, held_out, measure)
+    structure = structure_of(model) or StructuredMask()
+    record: dict[str, Any] = {
+        "secateur": __version__,
+        "kind": "heads",
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": asdict(job) | {"data": str(job.data)},
         "model": loaded.name,
         "heads": {"of": last.total, "removed": last.removed, "asked": job.share},
         "layers": [
@@ -113,17 +127,35 @@ def run_heads(job: HeadRun, out: Path, progress: Progress = SILENT) -> dict[str,
                 "kind": sites[name].kind,
                 "heads": len(gone),
                 "kept": int((~gone).sum()),
+                "gone": gone.nonzero().flatten().tolist(),
                 "scores": [round(float(s), 6) for s in result.scores[name]],
             }
             for name, gone in last.gone.items()
         ],
+        "query_heads": {name: of - gone for name, (gone, of) in structure.counts().items()},
         "parameters": {"before": parameters, "after": sum(p.numel() for p in model.parameters())},
+        "measure": None if measure is None else measure.__name__,
         "held_out": _comparison(measure, before, after, len(samples) - cut),
-        "stock": saved["stock"],
-        "why": saved["why"],
+        "machine": machine(loaded.device),
         "folder": str(out),
-        "seconds": round(time.perf_counter() - start, 2),
     }
+
+    def also(place: Path, saved: dict[str, Any]) -> None:
+        inner = place / "secateur"
+        inner.mkdir()
+        keep_probe(model, ranking[0], measure, inner)
+        record.update(
+            stored=SafetensorsFolder(place).elements,
+            stock=saved["stock"],
+            why=saved["why"],
+            seconds=round(time.perf_counter() - start, 2),
+        )
+        write_json(inner / "result.json", record)
+        write_report(record, place)
+
+    facts = {"method": "heads", "ranking": job.ranking, "share": job.share}
+    save_pruned(model, out, loaded.tokenizer, facts=facts, also=also)
+    return record
 
 
 def _objective(model: nn.Module, samples: Samples) -> tuple[Objective, Objective | None]:
@@ -158,18 +190,6 @@ def _objective(model: nn.Module, samples: Samples) -> tuple[Objective, Objective
     if name.endswith(("CausalLM", "LMHeadModel")):
         return language_model, language_model
     return feature_probe(), None
-
-
-@torch.no_grad()
-def _measured(model: nn.Module, batches: Sequence[Batch], measure: Objective | None) -> Tensor:
-    """Losses (N,) of the samples, or their features (N, d)."""
-    if not batches:
-        return torch.zeros(0)
-    with evaluating(model):
-        found = [
-            pooled_features(model, b) if measure is None else measure(model, b) for b in batches
-        ]
-    return torch.cat(found).cpu()
 
 
 def _comparison(

@@ -119,6 +119,8 @@ def explain(folder: Path, module: str) -> dict[str, Any]:
         from secateur.run.vision_commands import explain_vision
 
         return explain_vision(folder, report, module)
+    if report.get("kind") == "heads":
+        return _explain_heads(report, module)
     modules = report["modules"]
     if report.get("structure"):
         return _explain_group(folder, report, module)
@@ -172,3 +174,22 @@ def _explain_group(folder: Path, report: dict[str, Any], name: str) -> dict[str,
     kept = set(entry["kept"]) if entry else set()
     gone = [n for n in range(entry["of"]) if n not in kept] if entry else []
     return {"group": found[0], "method": report["recipe"]["method"], "gone": gone}
+
+
+def _explain_heads(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """What ``secateur heads`` remembers of the layers whose name contains ``name``."""
+    layers = [layer for layer in report["layers"] if name in layer["name"]]
+    if not layers:
+        example = report["layers"][0]["name"]
+        raise UsageError(
+            "no such layer of heads", field="module", value=name, fix=f"e.g. {example}"
+        )
+    rows = [
+        {
+            "name": layer["name"],
+            "sparsity": len(layer["gone"]) / layer["heads"],
+            "error": None,
+        }
+        for layer in layers
+    ]
+    return {"matches": rows, "layers": layers}

@@ -35,13 +35,7 @@ def verify_structured(
                 )
         checks = [f"{len(structure['groups'])} groups keep exactly the units the report says"]
         advance(1)
-        tensors = SafetensorsFolder(folder)
-        count = 0
-        for name in tensors.names():
-            size = 1
-            for length in tensors.shape(name):
-                size *= length
-            count += size
+        count = SafetensorsFolder(folder).elements
         if count != structure["parameters"]["after"]:
             raise VerificationError(
                 f"{count:,} parameters on disk, the report says "

@@ -86,6 +86,10 @@ def verify_run(
         from secateur.run.vision_commands import verify_vision
 
         return verify_vision(folder, report, load_model=load_model, progress=progress)
+    if report.get("kind") == "heads":
+        from secateur.run.heads_proof import verify_heads
+
+        return verify_heads(folder, report, load_model=load_model, progress=progress)
     if report.get("structure"):
         from secateur.run.structured_verify import verify_structured
 
