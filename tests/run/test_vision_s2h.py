@@ -63,6 +63,12 @@ def test_a_run_delivers_its_flops_and_says_how_the_widths_went(tmp_path, monkeyp
     assert all(heading in page for heading, _, _ in drawn)
 
 
+def test_a_training_too_short_for_its_widths_is_told():
+    report = prune(training={"steps": 6, "batch": 32}, target=0.6).report
+    assert report["method"]["frozen_from"] > 0.6
+    assert any("without a look at images" in note for note in report["notes"])
+
+
 def test_plain_mask_training_has_no_gap_to_draw():
     report = prune(options={"distillation": "none"}).report
     assert [heading for heading, _, _ in pictures(report)] == [
