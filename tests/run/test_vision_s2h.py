@@ -59,7 +59,7 @@ def test_a_run_delivers_its_flops_and_says_how_the_widths_went(tmp_path, monkeyp
     # Accuracy of random weights is nobody's dense accuracy.
     assert "before training, random weights" in page
     assert "Both networks give the same answer" not in page
-    assert "Training, widths with it" in page
+    assert "Training of weights and widths" in page
     assert all(heading in page for heading, _, _ in drawn)
 
 
