@@ -382,7 +382,10 @@ class _Follow(TorchFunctionMode):
             results = [call.out] if isinstance(call.out, Tensor) else call.out
             found = [free(r.shape) if isinstance(r, Tensor) else None for r in results]
             return found[0] if isinstance(call.out, Tensor) else found
-        trace.lost(call.name, known)
+        if not all(
+            map(trace.only_parameter, known)
+        ):  # else a weight that is computed: no channels yet
+            trace.lost(call.name, known)
         return None
 
 
