@@ -283,3 +283,16 @@ def test_a_squeeze_is_no_projection_even_at_one_pixel():
     groups = channel_groups(model, torch.zeros(1, 1, 28, 28))
     small = channel_groups(model, torch.zeros(1, 1, 4, 4))  # the last blocks work on one pixel
     assert [g.key for g in projections(model, small)] == [g.key for g in projections(model, groups)]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("variant", ["b", "bh"])
+def test_on_a_device(variant, net):
+    model, x = copy.deepcopy(net).to("cuda"), torch.randn(2, 1, 28, 28)
+    outcome = DEPrune(variant=variant).prune(job_of(model, 0.8))
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).cpu()(x)
+        assert torch.allclose(model(x.to("cuda")).cpu(), wanted, atol=1e-3)
+        fast = inference_copy(model, outcome.masks, x.to("cuda"))
+        assert torch.allclose(fast(x.to("cuda")).cpu(), wanted, atol=1e-2)

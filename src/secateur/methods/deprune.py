@@ -146,7 +146,8 @@ class DEPrune(VisionMethod):
                 f"{len(others)} depth-wise layers did not run, or not with their own weights, and "
                 f"keep all taps: {', '.join(others[:4])}"
             )
-        latency = Latency(job.model, input_shapes(job.model, job.example), self.measure)
+        example = job.example.to(job.device)
+        latency = Latency(job.model, input_shapes(job.model, example), self.measure)
         scores, widths = self._filters(job, latency)
         gone = lowest_units(scores, widths)
         largest = max(layers, key=lambda n: (can_list(layers[n]), layers[n].weight.numel()))
@@ -164,7 +165,7 @@ class DEPrune(VisionMethod):
             rows += [_row(name, masks[f"{name}.weight"]) for name in layers]
         folded = 0
         if self.fold and masks:
-            dead = fold_dead_channels(job.model, job.groups, masks, job.example, job.at_least)
+            dead = fold_dead_channels(job.model, job.groups, masks, example, job.at_least)
             folded = sum(int(units.sum()) for units in dead.values())
             gone |= dead
         silent = sum(
