@@ -459,3 +459,5 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, list | tuple):
         for value in output:
             yield from _tensors(value)
+    elif hasattr(output, "__dict__"):  # a dataclass, or whatever else carries ``logits``
+        yield from _tensors(vars(output))

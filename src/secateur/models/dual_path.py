@@ -24,6 +24,7 @@ from secateur.errors import UsageError
 from secateur.models.attention_heads import narrow_attention
 from secateur.models.channel_graph import ChannelGroup, ChannelGroups
 from secateur.models.channel_surgery import shrink_channels
+from secateur.models.state import forget_graphs
 from secateur.models.units import along, parameters_of
 
 Gates = Mapping[str, Tensor]
@@ -105,9 +106,14 @@ class DualPath:
         return functional_call(shell, self.sliced(kept), inputs, tie_weights=False)
 
     def sliced(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every parameter without the units that are not kept, as functions of the whole ones."""
+        """Every parameter without the units that are not kept, as functions of the whole ones.
+
+        Buffers too, since some count in a forward (a batch norm that is frozen, a fixed scale); as
+        copies, so that batch norms see the images of the soft network only.
+        """
         gone: dict[tuple[str, int], Tensor] = {}
-        parameters = parameters_of(self.model)
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        parameters = parameters_of(self.model) | buffers
         for group in self.groups.prunable:
             units = kept.get(group.key)
             if units is None or bool(units.all()):
@@ -127,6 +133,7 @@ class DualPath:
     @torch.no_grad()
     def _cut_copy(self, kept: Mapping[str, Tensor]) -> nn.Module:
         """A copy of the model whose modules expect sliced parameters."""
+        forget_graphs(self.model)
         shell = copy.deepcopy(self.model)
         shrink_channels(shell, self.groups, {key: ~units.cpu() for key, units in kept.items()})
         return shell.requires_grad_(False)
