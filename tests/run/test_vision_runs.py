@@ -345,10 +345,13 @@ def test_the_command_line_speaks_of_accuracy(dense: Path, tmp_path: Path, capsys
         (["eval", "resnet", "--images", "digits"], "model"),
         (["eval", out], "model"),
         (["recover", out, "-o", str(tmp_path / "no")], "model"),
+        (["plan", "mobilenet", "-s", "0.5"], "model"),
         (["eval", out, "--images", "digits", "--speed"], "dense"),
     ):
         assert main([*wrong, "--json"]) == 2
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["field"] == field
+        error = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert error["field"] == field
+        assert "the hub" not in error["error"]
 
 
 def test_a_recipe_with_images_is_a_vision_run(tmp_path: Path, capsys: Any) -> None:

@@ -15,7 +15,7 @@ from secateur.models.checks import check_tokenizer, check_weights, fingerprint
 from secateur.models.shards import SafetensorsFolder
 from secateur.models.sources import Source, resolve
 from secateur.models.state import evaluating, quiet
-from secateur.models.vision.names import MANIFEST
+from secateur.models.vision.names import MANIFEST, ZOO
 from secateur.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ def load(
     """
     _require_transformers()
     where = device_of(device)
+    if spec in ZOO and not Path(spec).exists():
+        raise _is_vision(spec)
     source = resolve(spec, code=trust_remote_code, progress=progress)
     tensors = _tensors(source)
     config = _config(source, trust_remote_code)
@@ -226,13 +228,7 @@ def _tensors(source: Source) -> SafetensorsFolder:
             ".merge_and_unload().save_pretrained(new_folder)",
         )
     if (source.folder / MANIFEST).is_file():
-        raise UsageError(
-            "is a vision network, and this works on language models",
-            field="model",
-            value=str(source.folder),
-            fix="prune, eval and compare take it with --images SPEC; verify, report, why and export "
-            "take its folder",
-        )
+        raise _is_vision(str(source.folder))
     if not (source.folder / "config.json").is_file():
         raise UsageError(
             "holds no config.json, so it is not a model folder",
@@ -241,6 +237,16 @@ def _tensors(source: Source) -> SafetensorsFolder:
             fix="give the folder written by save_pretrained",
         )
     return SafetensorsFolder(source.folder)
+
+
+def _is_vision(value: str) -> UsageError:
+    return UsageError(
+        "is a vision network, and this works on language models",
+        field="model",
+        value=value,
+        fix="prune, eval and compare take it with --images SPEC; verify, report, why and export "
+        "take its folder",
+    )
 
 
 def _config(source: Source, trust_remote_code: bool) -> Any:
