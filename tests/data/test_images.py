@@ -182,3 +182,57 @@ def test_first_is_spread_over_all() -> None:
     images = read_images([(torch.zeros(1, 2, 2), n) for n in range(10)])
     assert images.first(5).targets.tolist() == [0, 2, 4, 6, 8]
     assert images.first(None) is images
+
+
+def test_a_sample_is_drawn_from_all_classes_in_batches_of_one_size() -> None:
+    """A folder lies class after class; what is averaged over batches needs all of them in each."""
+    targets = torch.arange(4).repeat_interleave(50)
+    pixels = (60 * targets)[:, None, None, None].expand(-1, 1, 2, 2).to(torch.uint8)
+    images = ImageSet("made", targets, tuple("abcd"), pixels, preprocess=Preprocess((0.0,), (1.0,)),
+                      channels=1)  # fmt: skip
+    batches = list(images.sample(170, 32))
+    assert [len(b.labels) for b in batches] == [32] * 5
+    assert all(len(b.labels.unique()) == 4 for b in batches)
+    assert len(set(torch.cat([b.labels for b in batches]).tolist())) == 4
+    assert [len(b.labels) for b in images.sample(20, 32)] == [20]
+    assert torch.equal(next(images.sample(9, 9)).pixels, next(images.sample(9, 9)).pixels)
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"mean": "1,2"}, "preprocess.mean"), ({"mean": ["a"]}, "preprocess.mean"),
+        ({"std": [0]}, "preprocess.std"), ({"std": []}, "preprocess.std"),
+        ({"mean": [float("nan")]}, "preprocess.mean"), ({"resize": -1}, "preprocess.resize"),
+        ({"crop": 2.5}, "preprocess.crop"), ({"resize": 8, "crop": 9}, "preprocess.crop"),
+        ({"filter": "cubic"}, "preprocess.filter"), ({"size": 3}, "preprocess"),
+    ],
+)  # fmt: skip
+def test_scaling_that_cannot_be_is_refused_by_name(record: dict[str, object], field: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Preprocess.parse(record)
+    assert error.value.field == field
+
+
+def test_one_number_is_a_list_of_one_and_channels_must_fit() -> None:
+    assert Preprocess.parse({"mean": 127, "std": 128}).mean == (127,)
+    three = Preprocess((1.0, 2.0, 3.0), (1.0,))
+    with pytest.raises(UsageError, match="3 numbers for images of 1 channel"):
+        ImageSet("made", torch.zeros(2).long(), ("a",), torch.zeros(2, 1, 2, 2).to(torch.uint8),
+                 channels=1, preprocess=three)  # fmt: skip
+
+
+def test_one_part_alone_and_folders_named_like_images(tmp_path: Path) -> None:
+    _folder_of_classes(tmp_path / "set" / "train")
+    with pytest.raises(UsageError, match="no folder of the other part"):
+        read_images(tmp_path / "set", "train")
+    (tmp_path / "set" / "train" / "a" / "x.png").mkdir()
+    assert len(read_images(tmp_path / "set" / "train", "all")) == 4
+
+
+def _folder_of_classes(folder: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        for number in range(2):
+            image.new("RGB", (4, 4)).save(folder / name / f"{number}.png")

@@ -1,9 +1,11 @@
 """Tap lists: every form says what torch's convolution says, and a machine without a compiler works."""
 
+import copy
 import ctypes
 import itertools
 import math
 import os
+import pickle
 import shlex
 import subprocess
 from pathlib import Path
@@ -233,3 +235,36 @@ def test_bad_input():
     with pytest.raises(UsageError, match="mask"):
         Taps.of(conv, mask[:2])
     assert depthwise.depthwise(torch.randn(0, 4, 8, 8), taps).shape == (0, 4, 6, 6)
+
+
+@needs_c
+def test_a_kernel_too_tall_for_the_c_is_left_to_torch():
+    conv, mask = pruned(2, (70, 3), 0.5, padding=(35, 1))
+    x = torch.randn(1, 2, 80, 12)
+    ours = depthwise.depthwise(x, Taps.of(conv, mask), "c")
+    assert torch.allclose(ours, expected(conv, mask, x), atol=5e-5)
+
+
+@needs_c
+def test_copies_of_lists_have_memory_of_their_own():
+    conv, mask = pruned(4, 3, 0.5, padding=1)
+    x, taps = torch.randn(1, 4, 9, 9), Taps.of(conv, mask)
+    wanted = depthwise.depthwise(x, taps)
+    for other in (copy.deepcopy(taps), pickle.loads(pickle.dumps(taps))):
+        assert not other._layouts
+        assert not set(other.pointers) & set(taps.pointers)
+        assert torch.equal(depthwise.depthwise(x, other), wanted)
+
+
+class Shifted(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 2, 0, 2)))
+
+
+def test_what_computes_otherwise_is_no_list():
+    weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=4))
+    for conv in (Shifted(4, 4, 3, groups=4), weighted):
+        assert not depthwise.can_list(conv)
+        with pytest.raises(UsageError, match="of its own"):
+            Taps.of(conv)
+    assert depthwise.can_list(nn.Conv2d(4, 4, 3, groups=4))

@@ -22,7 +22,11 @@ NETS: dict[str, tuple[dict[str, Any], int, set[str]]] = {  # settings, image siz
     "ResNet": ({**STAGES, "layer_type": "bottleneck"}, 32, {"channel"}),
     "RegNet": ({**STAGES, "groups_width": 8}, 32, {"channel"}),
     "MobileNetV2": ({"depth_multiplier": 0.35, "image_size": 64}, 64, {"channel"}),
-    "ConvNext": ({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, 32, {"channel"}),
+    "ConvNext": (
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+        32,
+        {"stem", "channel"},
+    ),
     "ViT": (PATCHES, 32, {"stem", "head", "channel"}),
     "Beit": (PATCHES, 32, {"stem", "head", "channel"}),
     "Swin": (
@@ -31,7 +35,7 @@ NETS: dict[str, tuple[dict[str, Any], int, set[str]]] = {  # settings, image siz
         64,
         {"stem", "head", "channel"},
     ),
-    "PoolFormer": ({"hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4}, 64, {"channel"}),
+    "PoolFormer": ({"hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4}, 64, {"stem", "channel"}),
 }
 
 

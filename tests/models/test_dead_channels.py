@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from secateur.models import dead_channels
 from secateur.models.channel_graph import channel_groups
 from secateur.models.dead_channels import cut_dead_channels, fold_dead_channels
 from secateur.models.vision.mobilenet import InvertedResidual, MobileNet
@@ -153,3 +154,72 @@ def test_a_group_is_never_emptied_and_nothing_is_done_without_dead_channels():
     assert fold(model, {}, torch.randn(2, 3, 9, 9))[2] == {}
     for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+class Read(nn.Module):
+    """PW1, DW with constants above zero, and something that reads them otherwise than ``Plain``."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.expand, self.dw = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.project = Shifted(8, 6, 3) if how == "pads by itself" else nn.Conv2d(8, 6, 1)
+        self.bn, self.other, self.key = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.Conv2d(3, 8, 1)
+        self.line, self.more, self.head = (
+            nn.Parameter(torch.randn(8)),
+            nn.Conv2d(3, 6, 1),
+            nn.Linear(6, 5),
+        )
+
+    def forward(self, x):
+        y = self.project(z := F.relu(self.dw(self.expand(x))))
+        if self.how == "norm and skip":
+            y = y + F.relu(self.bn(y))
+        elif self.how == "two norms":
+            y = F.relu(self.bn(y)) + F.relu(self.other(self.project(z.flip(-1))))
+        elif self.how == "norm of two":
+            y = F.relu(self.bn(y)) + F.relu(self.bn(self.more(x)))
+        elif self.how == "changed in place":
+            y *= 2
+            y = F.relu(self.bn(y))
+        elif self.how == "pads by itself":
+            y = F.relu(y)
+        elif self.how == "product":
+            scores = z.flatten(2).transpose(1, 2) @ self.key(x).flatten(2)
+            y = (self.more(x).flatten(2) @ scores.softmax(-1)).unflatten(2, x.shape[2:])
+        elif self.how == "sum":
+            y = y * torch.einsum("bchw,c->bhw", z, self.line).sigmoid()[:, None]
+        return self.head(y.mean((2, 3)))
+
+
+class Shifted(nn.Conv2d):
+    """Pads its input, which its attributes do not say."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 2, 0, 2)))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("norm and skip", "two norms", "norm of two", "changed in place"),
+        *("pads by itself", "product", "sum"),
+    ],
+)
+def test_constants_that_somebody_else_reads_too(how):
+    torch.manual_seed(0)
+    model = lively(Read(how))
+    model.dw.bias.data.abs_().add_(0.5)
+    masks = kill(model)
+    before, after, dead = fold(model, masks, torch.randn(2, 3, 8, 8))
+    assert bool(dead) == (how not in ("pads by itself", "product", "sum"))
+    assert torch.allclose(before, after, atol=1e-5)
+
+
+def test_a_fold_that_would_change_something_is_not_made(monkeypatch):
+    monkeypatch.setattr(dead_channels, "_takes_constants", lambda reader: True)
+    model = lively(Plain(reader=nn.Conv2d(40, 8, 3, padding=1, bias=False)))
+    model.bn.bias.data.abs_().add_(2)
+    before, after, dead = fold(model, kill(model), torch.randn(2, 3, 9, 9))
+    assert not dead
+    assert torch.equal(before, after)

@@ -101,3 +101,36 @@ def test_units_are_ranked_by_the_mean_norm_of_their_filters():
     assert len(layers) > 1
     wanted = torch.stack([w.abs().sum((1, 2, 3)) for w in layers]).mean(0)
     assert torch.allclose(filter_norms(model, stage), wanted, rtol=1e-5)
+
+
+class Buffered(nn.Module):
+    """Channels are scaled by a buffer, and its batch norm never measures."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 8)[:, None, None])
+        self.last = nn.Linear(8, 4)
+        self.bn.running_var = torch.linspace(0.5, 4.0, 8)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+    def forward(self, x):
+        return self.last(torch.relu(self.bn(self.conv(x)) * self.scale).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_the_hard_network_has_the_buffers_of_the_units_it_keeps():
+    torch.manual_seed(0)
+    model, images = Buffered().train(), torch.randn(3, 1, 6, 6)
+    groups = channel_groups(model, images[:1])
+    paths, before = DualPath(model, groups), copy.deepcopy(model.state_dict())
+    for kept in (torch.arange(8) < 3, torch.arange(8) >= 5):  # as many, but others
+        cut = copy.deepcopy(model)
+        shrink_channels(cut, groups, {"conv": ~kept})
+        assert torch.equal(paths.hard({"conv": kept}, images), cut(images))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

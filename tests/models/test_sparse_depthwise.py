@@ -1,7 +1,9 @@
 """Networks with tap lists inside: the same outputs, gradients, state; and back."""
 
 import copy
+import io
 import math
+import types
 
 import pytest
 import torch
@@ -185,3 +187,122 @@ def test_bad_input(net):
     assert sparsify(model, {"stem.weight": torch.ones_like(model.stem.weight).bool()}) == []
     with pytest.raises(UsageError, match="depth-wise"):
         SparseDepthwise(nn.Conv2d(4, 4, 3), torch.ones(4, 4, 3, 3, dtype=torch.bool))
+
+
+def small():
+    """Two depth-wise layers, a clamp behind one."""
+    torch.manual_seed(0)
+    return lively(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6(),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 1),
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [lambda net, m, x: inference_copy(net, m, x), None])
+def test_copies_and_every_way_of_running(made):
+    net, x = small(), torch.randn(2, 3, 9, 9)
+    masks = masks_of(net)
+    wanted = zeroed(net, masks)(x).detach()
+    model = copy.deepcopy(net)
+    if made is None:
+        sparsify(model, masks)
+    else:
+        model = made(net, masks, x)
+    with torch.no_grad():
+        model(x)
+        stream = io.BytesIO()
+        torch.save(model, stream)
+        stream.seek(0)
+        for other in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+            assert all(m._taps is None for m in other.modules() if isinstance(m, SparseDepthwise))
+            assert torch.allclose(other(x), wanted, atol=1e-5)
+        assert torch.allclose(torch.func.vmap(model)(x[:, None])[:, 0], wanted, atol=1e-5)
+        assert torch.allclose(torch.fx.symbolic_trace(model)(x), wanted, atol=1e-5)
+        assert torch.allclose(torch.export.export(model, (x,)).module()(x), wanted, atol=1e-5)
+        assert torch.allclose(torch.jit.trace(model, (x,))(x), wanted, atol=1e-5)
+        assert model(x[:0]).shape == (0, 4, 9, 9)
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(model(last), wanted, atol=1e-5)
+    across = torch.ones_like(x)
+    slope = torch.func.jvp(model, (x,), (across,))[1]
+    assert torch.allclose(slope, torch.func.jvp(zeroed(net, masks), (x,), (across,))[1], atol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, across)
+        assert torch.autograd.forward_ad.unpack_dual(model(dual)).tangent is not None
+
+
+def test_in_inference_mode():
+    net, x = small(), torch.randn(2, 3, 9, 9)
+    masks = masks_of(net)
+    with torch.inference_mode():
+        model = copy.deepcopy(net)  # its tensors have no version to look at
+        sparsify(model, masks)
+        first = model(x)
+        assert torch.allclose(first, zeroed(net, masks)(x), atol=1e-5)
+        assert torch.allclose(inference_copy(net, masks, x)(x), first, atol=1e-5)
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        assert not torch.allclose(model(x), first)
+
+
+class Shifted(nn.Conv2d):
+    """As timm's for TensorFlow's weights: it pads by itself."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 2, 0, 2)))
+
+
+def test_layers_that_are_no_lists_keep_their_zeros():
+    def wide(**options):
+        return nn.Conv2d(8, 8, 3, groups=8, **options)
+
+    torch.manual_seed(0)
+    net = lively(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 1), Shifted(8, 8, 3, groups=8), nn.BatchNorm2d(8),
+            wide(padding=1, padding_mode="reflect"), nn.BatchNorm2d(8), wide(), nn.BatchNorm2d(8),
+        )
+    )  # fmt: skip
+    x, masks = torch.randn(2, 3, 9, 9), masks_of(net)
+    fast = inference_copy(net, masks, x)
+    assert sum(isinstance(m, SparseDepthwise) for m in fast.modules()) == 1
+    with torch.no_grad():
+        assert torch.allclose(fast(x), zeroed(net, masks)(x), atol=1e-4)
+        assert sparsify(net, masks) == ["5"]
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(wide()), nn.BatchNorm2d(8))
+    lively(net)
+    x = torch.randn(1, 8, 9, 9)
+    assert torch.allclose(inference_copy(net, {}, x)(x), net(x), atol=1e-5)
+
+
+def test_what_was_merged_stays_merged():
+    net, x = small(), torch.randn(2, 3, 9, 9)
+    masks = masks_of(net)
+    fast = inference_copy(net, masks, x)
+    with torch.no_grad():
+        again = inference_copy(fast, {}, x)  # a sparse network is traced around its lists
+        assert sum(isinstance(m, SparseDepthwise) for m in again.modules()) == 2
+        assert torch.allclose(again(x), fast(x), atol=1e-6)
+        wanted = fast(x)
+        assert len(sparsify(fast, masks)) == 2  # a new mask, the old clamp
+        assert torch.allclose(fast(x), wanted, atol=1e-6)
+    behind = lively(nn.Sequential(*fast.children(), nn.BatchNorm2d(4)))
+    assert torch.allclose(inference_copy(behind, {}, x)(x), behind(x), atol=1e-4)
+
+
+def test_logits_inside_an_output():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x):
+            return types.SimpleNamespace(logits=self.net(x))
+
+    net, x = Wrapped().eval(), torch.randn(1, 3, 9, 9)
+    masks = masks_of(net)
+    with torch.no_grad():
+        fast = inference_copy(net, masks, x)
+        assert torch.allclose(fast(x).logits, zeroed(net, masks)(x).logits, atol=1e-5)

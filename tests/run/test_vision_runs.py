@@ -408,3 +408,17 @@ def test_onnx_computes_the_same(dense: Path, tmp_path: Path) -> None:
     record = export(dense, "onnx", tmp_path / "net.onnx")
     assert record["verified"]
     assert record["relative"] < 1e-4
+
+
+def test_a_folder_of_one_class_is_refused_and_an_empty_class_is_told(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "set"
+    for number in range(10):
+        (folder / "a").mkdir(parents=True, exist_ok=True)
+        image.new("L", (8, 8), 20 * number).save(folder / "a" / f"{number}.png")
+    scale = {"preprocess": {"resize": 8, "crop": 8}, "images": str(folder)}
+    with pytest.raises(UsageError, match="one class, 'a'"):
+        prune(**scale)
+    (folder / "b").mkdir()
+    notes = prune(**scale, pretraining={"steps": 1, "batch": 4}).report["notes"]
+    assert "no training image shows b" in notes

@@ -20,7 +20,7 @@ def prune(out=None, **changes):
         "training": {"steps": 30, "lr": 0.1, "batch": 32, "checkpoint_every": 5},
         "evaluation": {"speed": False}, **changes,
     }  # fmt: skip
-    return secateur.prune_vision("resnet", "digits", out=out, **settings)
+    return secateur.prune_vision(settings.pop("model", "resnet"), "digits", out=out, **settings)
 
 
 def test_a_run_delivers_its_flops_and_says_how_the_widths_went(tmp_path, monkeypatch):
@@ -73,8 +73,13 @@ def test_plain_mask_training_has_no_gap_to_draw():
         ("freeze", {"options": {"freeze": 0.97}}),
         ("distillation", {"options": {"distillation": "t7"}}),
         ("tua", {"options": {"tua": 1.0}}),
+        # ... also before the dense network is trained.
+        ("init_share", {"options": {"init": "min-norm", "init_share": 0.01},
+                        "pretraining": {"steps": 10**6}}),
+        ("resolutions", {"options": {"resolutions": [0.5, 1.0]}, "pretraining": {"steps": 10**6},
+                         "model": "vit", "model_options": {"patch": 4}}),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_is_refused_before_any_work(tmp_path, field, changes):
     with pytest.raises(UsageError) as error:
         prune(tmp_path / "out", **changes)

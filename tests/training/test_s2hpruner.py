@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -205,6 +206,26 @@ def test_flops_alone_settle_within_the_tolerance(target, init):
     assert abs(widths.flops_share() - target) <= 0.01
 
 
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [({"init": "min-norm", "init_share": 0.999, "tau": 4.0}, 0.25),  # a long way
+     ({"init": "min-variance"}, 0.5), ({"multiple": 2}, 0.25)],
+)  # fmt: skip
+def test_flops_settle_from_wherever_the_masks_are(options, target):
+    net = small_net()
+    widths = LearnedWidths(net, groups_of(net), Learning(flops=target, **options))
+    widths.settle()
+    share = widths.flops_share()
+    assert abs(share - target) <= 0.035
+    # ... and no group on its own could bring them nearer.
+    groups, chosen, step = widths.groups, widths.chosen(), widths.options.multiple
+    for key, now in chosen.items():
+        for width in (now - step, now + step):
+            if abs(share - target) > 0.01 and step <= width <= int(widths.widths[key][-1]):
+                other = float(groups.flops(chosen | {key: width})) / widths.all_flops
+                assert abs(other - target) >= abs(share - target)
+
+
 # -- the toy: an order that is safe to assert -----------------------------------------------------
 
 
@@ -338,6 +359,34 @@ def test_reduced_resolutions_are_drawn_for_both_networks():
     assert widths.history[-1][2] < 0.2
 
 
+class Wrapped(nn.Module):
+    """Logits inside something else, as other libraries give them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x):
+        return types.SimpleNamespace(logits=self.net(x))
+
+
+def test_logits_may_be_inside_something():
+    images = some_images()
+    widths, _ = learn(model=Wrapped)
+    assert [g.key for g in widths.groups.prunable] == ["net.0", "net.3"]  # not the classifier
+    gap = measure_gap(widths, [pixels_of(images)], [images.batch(range(48))])
+    assert gap.images == 48
+
+
+def test_a_parameter_that_was_frozen_stays_as_it_was():
+    net = small_net()
+    net[0].weight.requires_grad_(False)
+    before = net[0].weight.clone()
+    widths, _ = learn(model=lambda: net)
+    assert torch.equal(widths.model[0].weight, before)
+    assert not widths.model[0].weight.requires_grad
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 
@@ -359,8 +408,11 @@ def test_targets_and_groups_that_cannot_be_are_refused():
     groups = groups_of(net)
     with pytest.raises(UsageError, match="narrowest widths still cost"):
         LearnedWidths(net, groups, Learning(flops=0.02))
-    with pytest.raises(UsageError, match="no narrower width"):
+    with pytest.raises(UsageError, match="6 units, '0', has no narrower width"):
         LearnedWidths(net, groups, Learning(flops=0.5, divisor=8))
+    with pytest.raises(UsageError, match=r"does not take images of 0\.5 times") as error:
+        learn(model=lambda: ViT(1, 4, 8, 4, 16, 2, 4), resolutions=(0.5, 1.0))
+    assert error.value.field == "resolutions"
     with pytest.raises(UsageError, match="nothing to distil from"):
         Learning(flops=0.5, train="hard")
     alone = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))

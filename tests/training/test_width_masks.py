@@ -16,6 +16,7 @@ from secateur.training.width_masks import (
     lifted,
     step_mask_gradient,
     step_masks,
+    tilted,
     unit_masks,
     width_probabilities,
 )
@@ -154,3 +155,16 @@ def test_bad_widths_are_refused():
         first_logits(candidate_widths(8, 2), "min-norm", share=0.1)
     with pytest.raises(NumericsError):
         chosen_width(float("nan"), 8)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0, 4.0])
+def test_tilting_gives_the_expected_width_that_is_wanted(tau):
+    widths = candidate_widths(64)
+    u = logits_of(widths, 0).float() * tau
+    for wanted in (2, 3, 17, 40, 63, 64):
+        tilt = tilted(u, widths, wanted, tau)
+        p = width_probabilities(tilt, tau)
+        assert chosen_width(float(expected_width(p, widths)), 64) == wanted
+    mean = float(expected_width(width_probabilities(u, tau), widths))
+    same = width_probabilities(tilted(u, widths, mean, tau), tau)
+    assert torch.allclose(same, width_probabilities(u, tau), atol=1e-5)

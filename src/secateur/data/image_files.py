@@ -21,7 +21,9 @@ AUGMENTS = ("none", "shift", "flip", "crop-flip")
 def image_files(folder: Path) -> list[Path]:
     """Images directly in ``folder``, sorted by name."""
     return sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in FILES and not p.name.startswith(".")
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in FILES and not p.name.startswith(".") and p.is_file()
     )
 
 
@@ -35,22 +37,18 @@ def decode(path: Path, channels: int, how: Preprocess) -> Tensor:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise MissingExtra("pillow", "vision", "reading image files") from error
-    filters: dict[str, Any] = {
-        "bicubic": Image.Resampling.BICUBIC,
-        "bilinear": Image.Resampling.BILINEAR,
-        "nearest": Image.Resampling.NEAREST,
-    }
-    if how.filter not in filters:
-        raise UsageError("no such filter", field="filter", value=how.filter, fix=", ".join(filters))
+    method = Image.Resampling[how.filter.upper()]
     try:
         with Image.open(path) as file:
             image = file.convert("L" if channels == 1 else "RGB")
     except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise SecateurError(f"'{path}' cannot be read as an image: {error}") from None
+        raise SecateurError(
+            f"'{path}' cannot be read as an image: {error}", fix="replace it, or take it away"
+        ) from None
     if how.resize is not None:
         factor = how.resize / min(image.size)
         size = tuple(max(how.resize, round(side * factor)) for side in image.size)
-        image = image.resize((size[0], size[1]), filters[how.filter])
+        image = image.resize((size[0], size[1]), method)
     if how.crop is not None:
         left, top = (image.width - how.crop) // 2, (image.height - how.crop) // 2
         if left < 0 or top < 0:

@@ -201,6 +201,14 @@ def _folder(folder: Path, part: str, preprocess: Preprocess | None, channels: in
         for half, names in (("train", ("train",)), ("test", ("test", "val", "validation")))
         if (found := next((folder / n for n in names if (folder / n).is_dir()), None))
     }
+    if len(halves) == 1 and any(p.is_dir() for p in next(iter(halves.values())).iterdir()):
+        half = next(iter(halves.values()))
+        raise UsageError(
+            f"has {half.name}/ and no folder of the other part",
+            field="images",
+            value=str(folder),
+            fix=f"train/ and test/ (or val/) side by side, or --images {half} alone",
+        )
     if len(halves) == 2:
         classes = _classes(halves["train"])
         wanted = [halves[part]] if part != "all" else list(halves.values())

@@ -8,6 +8,7 @@ recorded (``Preprocess``), since another scaling costs more than most pruning do
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from secateur.data.batches import ImageBatch, Order, Shuffled
 from secateur.errors import UsageError
+
+FILTERS = ("bicubic", "bilinear", "nearest")
 
 Augment = Callable[[Tensor], Tensor]
 """(B, C, H, W) float in [0, 1] to the same, drawing from torch's generator."""
@@ -41,6 +44,53 @@ class Preprocess:
     crop: int | None = None
     filter: str = "bicubic"
 
+    def __post_init__(self) -> None:
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            wrong = not values or any(not isinstance(v, int | float) for v in values)
+            if wrong or any(not least < v < math.inf for v in values):
+                raise UsageError(
+                    f"a list of {'positive ' if name == 'std' else ''}numbers in bytes, one for all "
+                    "channels or one for each",
+                    field=f"preprocess.{name}",
+                    value=values,
+                    fix=f"{name}: [127], on the command line --preprocess {name}=[127]",
+                )
+        for name in ("resize", "crop"):
+            side = getattr(self, name)
+            if side is not None and (not isinstance(side, int) or side < 1):
+                raise UsageError(
+                    "a number of pixels, at least 1", field=f"preprocess.{name}", value=side
+                )
+        if self.crop is not None and self.resize is not None and self.crop > self.resize:
+            raise UsageError(
+                f"is larger than the images resized to {self.resize}",
+                field="preprocess.crop",
+                value=self.crop,
+            )
+        if self.filter not in FILTERS:
+            raise UsageError(
+                "no such filter", field="preprocess.filter", value=self.filter,
+                fix=", ".join(FILTERS),
+            )  # fmt: skip
+
+    def check_channels(self, channels: int) -> None:
+        """Refuse numbers that are not for images of so many channels.
+
+        Raises:
+            UsageError: naming mean or std.
+        """
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) not in (1, channels):
+                raise UsageError(
+                    f"{len(values)} numbers for images of {channels} "
+                    f"channel{'s' if channels > 1 else ''}",
+                    field=f"preprocess.{name}",
+                    value=list(values),
+                    fix=f"1 or {channels} of them" if channels > 1 else "one number",
+                )
+
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (B, C, H, W), or the same as floats from 0 to 255, to the model's input."""
         return (pixels.float() - self._line(self.mean)) / self._line(self.std)
@@ -61,10 +111,17 @@ class Preprocess:
             UsageError: not such a record.
         """
         try:
-            pairs: dict[str, Any] = {k: tuple(record[k]) for k in ("mean", "std") if k in record}
+            pairs: dict[str, Any] = {
+                k: tuple(v) if isinstance(v := record[k], list | tuple) else (v,)
+                for k in ("mean", "std")
+                if k in record
+            }
             return cls(**(record | pairs))
         except TypeError as error:
-            raise UsageError(f"{error}", field="preprocess", value=record) from None
+            raise UsageError(
+                f"{error}", field="preprocess", value=record,
+                fix="of mean, std, resize, crop and filter",
+            ) from None  # fmt: skip
 
     @classmethod
     def of(cls, pixels: Tensor) -> Preprocess:
@@ -114,6 +171,8 @@ class ImageSet:
                 field="images",
                 value=self.name,
             )
+        wide = self.channels if self.pixels is None else self.pixels.shape[1]
+        self.preprocess.check_channels(int(wide))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -150,6 +209,18 @@ class ImageSet:
         count = len(self) if limit is None else min(limit, len(self))
         for start in range(0, count, size):
             yield plain.batch(range(start, min(start + size, count)))
+
+    def sample(self, count: int, size: int = 64) -> Iterator[ImageBatch]:
+        """``count`` images drawn as for training, in batches of one size, never augmented.
+
+        For statistics that are averaged over batches: in a folder classes lie one after another, and
+        a batch of one class has another variance than the set. What is left over is left out, unless
+        it is all there is.
+        """
+        plain = replace(self, augment=None) if self.augment is not None else self
+        rows = self.order(0).rows(0, min(count, len(self)))
+        for start in range(0, max(1, len(rows) // size) * size, size):
+            yield plain.batch(rows[start : start + size])
 
     def subset(self, rows: Sequence[int]) -> ImageSet:
         """Only these images."""

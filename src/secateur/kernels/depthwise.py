@@ -78,8 +78,8 @@ class Taps:
             mask: of the weight's shape, True = gone; None: every tap stays, zero or not.
 
         Raises:
-            UsageError: not depth-wise, padded otherwise than with zeros, not two-dimensional, or
-                the mask is of another shape.
+            UsageError: not depth-wise, padded otherwise than with zeros, not two-dimensional, not
+                ``computes_plainly``, or the mask is of another shape.
         """
         refuse(conv)
         weight = conv.weight.detach().float().cpu()
@@ -124,6 +124,10 @@ class Taps:
         weight[self._rows(), self.tap.long()] = self.weight
         return weight.view(self.outputs, 1, *self.kernel)
 
+    @cached_property
+    def _whole(self) -> Tensor:
+        return self.dense()
+
     def counts(self) -> Tensor:
         """Taps left in each output channel, int32."""
         return self.start[1:] - self.start[:-1]
@@ -151,6 +155,13 @@ class Taps:
             out.append(room // s + 1)
         return out[0], out[1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what points into this object's own memory: a copy makes it anew."""
+        return {
+            **{k: v for k, v in vars(self).items() if k in self.__annotations__},
+            "_layouts": {},
+        }
+
     def _rows(self) -> Tensor:
         return torch.repeat_interleave(torch.arange(self.outputs), self.counts().long())
 
@@ -164,6 +175,28 @@ def is_depthwise(module: nn.Module) -> bool:
     )
 
 
+def computes_plainly(module: nn.Module) -> bool:
+    """Whether a convolution is what its attributes say, of a weight that it holds itself.
+
+    Not where a subclass has a ``forward`` of its own (padding that depends on the input,
+    standardised weights), nor where the weight is computed (``parametrize``, ``weight_norm``).
+    """
+    kind: Any = type(module)
+    plain = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+    return (plain or kind.__dict__.get("COMPUTES_PLAINLY", False)) and (
+        module._parameters.get("weight") is not None
+    )
+
+
+def can_list(module: nn.Module) -> bool:
+    """Whether ``Taps.of`` takes a module."""
+    try:
+        refuse(module)
+    except UsageError:
+        return False
+    return True
+
+
 def refuse(conv: nn.Module) -> None:
     """Say what keeps ``conv`` from being a list of taps.
 
@@ -175,6 +208,13 @@ def refuse(conv: nn.Module) -> None:
             "not a depth-wise 2-d convolution (groups == in_channels > 1)",
             field="module",
             value=str(conv),
+        )
+    if not computes_plainly(conv):
+        raise UsageError(
+            "computes its convolution in a way of its own, or from a weight that is computed",
+            field="module",
+            value=type(conv).__name__,
+            fix="leave the zeros in it and run it as it is",
         )
     if conv.padding_mode != "zeros":
         raise UsageError(
@@ -243,9 +283,7 @@ def dense_form(x: Tensor, taps: Taps) -> Tensor:
         x, pad = F.pad(x, (left, right, top, bottom)), (0, 0)
     else:
         pad = (top, left)
-    out = F.conv2d(
-        x, taps.dense(), taps.bias, taps.stride, pad, taps.dilation, groups=taps.channels
-    )
+    out = F.conv2d(x, taps._whole, taps.bias, taps.stride, pad, taps.dilation, groups=taps.channels)
     bounded = taps.low > -math.inf or taps.high < math.inf
     return out.clamp_(taps.low, taps.high) if bounded else out
 
@@ -293,8 +331,8 @@ class _Layout:
             taps.low, taps.high,
         )  # fmt: skip
         self.at = loaded.secateur_depthwise_make(ctypes.byref(shape))
-        if not self.at:
-            raise MemoryError("no memory for the masks of a depth-wise convolution")
+        if not self.at:  # no memory, or a kernel of more rows than it has bits for
+            return
         weakref.finalize(self, loaded.secateur_depthwise_free, self.at)
 
 
@@ -305,6 +343,8 @@ def _run_c(loaded: Any, x: Tensor, taps: Taps) -> Tensor:
         if len(taps._layouts) >= _MOST_LAYOUTS:
             taps._layouts.clear()
         layout = taps._layouts[height, width] = _Layout(loaded, taps, height, width)
+    if not layout.at:
+        return dense_form(x, taps)
     out = x.new_empty((images, taps.outputs, *layout.size))
     if loaded.secateur_depthwise(
         layout.at, x.data_ptr(), *taps.pointers, out.data_ptr(), images, torch.get_num_threads()

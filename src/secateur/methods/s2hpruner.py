@@ -18,7 +18,7 @@ from secateur.methods.vision_base import VisionJob, VisionMethod, VisionOutcome
 from secateur.recipe_vision import TargetKind
 from secateur.training.s2h_finish import cut, learn_widths, measure_gap
 from secateur.training.s2h_options import Learning, Order, Trained
-from secateur.training.s2hpruner import width_choices
+from secateur.training.s2h_start import check_resolutions, first_masks, width_choices
 from secateur.training.soft_hard import Distillation
 from secateur.training.width_masks import Centre, Init
 
@@ -110,7 +110,9 @@ class S2HPruner(VisionMethod):
 
     def check_job(self, job: VisionJob) -> None:
         """See ``VisionMethod``: a target no width reaches is refused before anything is trained."""
-        width_choices(job.groups, self._options(job))
+        options = self._options(job)
+        first_masks(width_choices(job.groups, options), options)
+        check_resolutions(job.model, job.example, options)
 
     def prune(self, job: VisionJob) -> VisionOutcome:
         """See ``VisionMethod``.
@@ -136,9 +138,9 @@ class S2HPruner(VisionMethod):
         if not record["within"]:
             job.notes.append(
                 f"FLOPs are {record['flops']:.3f} of the dense network's, "
-                f"{record['target']:.3f} was asked for: the widths come in steps"
+                f"{record['target']:.3f} was asked for: no width that is one step away is nearer"
             )
-        some = [batch.to(job.device) for batch in job.images.batches(job.batch, MEASURED)]
+        some = [batch.to(job.device) for batch in job.images.sample(MEASURED)]
         pixels = [batch.pixels for batch in some]
         gap = measure_gap(widths, pixels, some)
         structure = cut(widths, pixels)

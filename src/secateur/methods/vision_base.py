@@ -54,7 +54,7 @@ class VisionJob:
         at_least, round_to, ranking: as of ``VisionStructure``.
         folder: for a method's own checkpoints; None keeps everything in memory.
         progress, notes: where to report what takes long, and sentences for the report.
-        augment: name of the training's changes of images.
+        example: one input of zeros, (1, C, H, W).
     """
 
     model: nn.Module

@@ -126,16 +126,19 @@ class QkvAttention(nn.Module):
         out: Tensor = x if part is None else part(x)
         return out
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """(B, L, d) -> the same."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(B, L, d) -> the same; a mask as of ``scaled_dot_product_attention``."""
         count, length = x.shape[:2]
         qkv = self._then("qkv", x).reshape(count, length, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self._then("q_norm", q), self._then("k_norm", k)
-        scores = q @ k.transpose(-2, -1) * self.scale
-        if attn_mask is not None:
-            scores = scores + attn_mask
-        context = self._then("attn_drop", scores.softmax(-1)) @ v
+        drop = self._modules.get("attn_drop")
+        share = float(getattr(drop, "p", 0.0)) if self.training else 0.0
+        context = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, share, is_causal, scale=self.scale
+        )
         context = context.transpose(1, 2).reshape(count, length, -1)
         return self._then("proj_drop", self._then("proj", self._then("norm", context)))
 

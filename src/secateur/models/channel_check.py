@@ -2,12 +2,14 @@
 
 Code with widths written into it (``reshape(b, n, 3, heads, c // heads)``) runs wrong when a layer is
 narrower, and no graph can know. So every group is cut on trial, on copies; what does not hold is
-tried again with an equal attention of ours in the place of the network's own, and what still does
-not is marked as not prunable, with what happened.
+tried again with the widths that modules have in attributes following the cut, then with an equal
+attention of ours in the place of the network's own, and what still does not is marked as not
+prunable, with what happened.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -35,7 +37,16 @@ def check_groups(
     """
     trial = _Trial(model, example, seed)
     live = trial.model
+    if trial.wrong(groups, groups.prunable) is None:
+        return groups
+    sized = groups.changed(_sure(groups.prunable))
+    if trial.wrong(sized, sized.prunable) is None:
+        return sized
     bad = trial.failing(groups, groups.prunable)
+    sized = groups.changed(_sure(groups[key] for key in bad))
+    still = trial.failing(sized, sized.prunable)
+    if still.keys() < bad.keys():
+        groups, bad = groups.changed(_sure(groups[key] for key in bad.keys() - still.keys())), still
     if not bad:
         return groups
     alike = trial.faithful()
@@ -44,14 +55,18 @@ def check_groups(
         narrow_qkv(trial.model, alike)
         still = trial.failing(groups, groups.prunable)
         saved = bad.keys() - still.keys()
-        groups = ChannelGroups(
-            [replace(g, rewritten=tuple(alike)) if g.key in saved else g for g in groups],
-            groups.layers,
-            groups.sizes,
-            groups.shapes,
-        )
+        groups = groups.changed({k: {"rewritten": tuple(alike)} for k in saved})
         bad = still
     return groups.refuse(bad) if bad else groups
+
+
+def _sure(groups: Iterable[ChannelGroup]) -> dict[str, dict[str, Any]]:
+    """Changes by which widths in attributes follow the cuts of these groups."""
+    return {
+        g.key: {"sized": tuple(replace(one, sure=True) for one in g.sized)}
+        for g in groups
+        if g.sized
+    }
 
 
 class _Trial:
@@ -68,13 +83,19 @@ class _Trial:
             for t in inputs
         ]
 
+    def wrong(self, groups: ChannelGroups, some: list[ChannelGroup]) -> str | None:
+        """None if these groups can be cut together, and half of them without the others."""
+        order = torch.randperm(len(some), generator=self.generator).tolist()
+        half = [some[i] for i in order[: len(some) // 2]]
+        return self(groups, some) or (self(groups, half) if half else None)
+
     def failing(self, groups: ChannelGroups, some: list[ChannelGroup]) -> dict[str, str]:
         """Which of these groups cannot be cut, and what happens."""
         bad: dict[str, str] = {}
         self.search(groups, some, bad)
         left = [g for g in some if g.key not in bad]
         # Groups that hold one by one and not together: give them up one after another.
-        while left and bad and (why := self(groups, left)) is not None:
+        while left and bad and (why := self.wrong(groups, left)) is not None:
             bad[left.pop().key] = why
         return bad
 
@@ -82,7 +103,7 @@ class _Trial:
         """Attentions for which ours can stand in without changing what the network computes."""
         wanted, found = None, []
         for name, module in self.model.named_modules():
-            if not is_qkv(module):
+            if not name or not is_qkv(module):
                 continue
             if wanted is None:
                 wanted = _first(deepcopy(self.model).eval()(*self.inputs))
@@ -98,7 +119,7 @@ class _Trial:
 
     def search(self, groups: ChannelGroups, some: list[ChannelGroup], bad: dict[str, str]) -> None:
         """Halve what does not hold until single groups are left."""
-        why = self(groups, some) if some else None
+        why = self.wrong(groups, some) if some else None
         if why is None:
             return
         if len(some) == 1:
@@ -112,7 +133,8 @@ class _Trial:
         """None if these groups can be cut together, else what went wrong."""
         gone = {}
         for group in some:
-            count = max(1, group.n_units // 3)
+            most = max(2, group.n_units // 2 + 1)
+            count = int(torch.randint(1, most, (), generator=self.generator))
             order = torch.randperm(group.n_units, generator=self.generator)
             units = torch.zeros(group.n_units, dtype=torch.bool)
             units[order[:count]] = True

@@ -13,7 +13,7 @@ attention. What cannot go says why. Sources of what is wrong with other such gra
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from secateur.errors import UsageError
 from secateur.masks.structured import structure_of
 from secateur.models.channel_cost import Extent, LayerCost, TensorSize, Widths
 from secateur.models.channel_labels import FREE
+from secateur.models.channel_sizes import Sized
 from secateur.models.channel_trace import Touch, Trace, Unknown, follow
 from secateur.models.units import Group, Kind, Role, Slice
 
@@ -57,6 +58,7 @@ class ChannelGroup(Group):
         prunable: whether any can go.
         reason: why not.
         counts: (module, attribute) that count the units, and follow a cut.
+        sized: attributes that may count their channels (``channel_sizes``).
         rewritten: attentions whose code has widths written into it, and which an equal one stands
             in for when the units are cut (``attention_heads.QkvAttention``).
     """
@@ -70,6 +72,7 @@ class ChannelGroup(Group):
     prunable: bool = True
     reason: str = ""
     counts: tuple[tuple[str, str], ...] = ()
+    sized: tuple[Sized, ...] = ()
     rewritten: tuple[str, ...] = ()
 
 
@@ -143,13 +146,14 @@ class ChannelGroups:
         """Elements of all parameters when groups have these widths."""
         return sum(size.elements(widths) for size in self.sizes)
 
-    def refuse(self, reasons: dict[str, str]) -> ChannelGroups:
-        """The same with more groups that cannot be pruned: key -> why."""
-        groups = [
-            replace(g, prunable=False, reason=reasons[g.key]) if g.key in reasons else g
-            for g in self.groups
-        ]
+    def changed(self, changes: Mapping[str, Mapping[str, Any]]) -> ChannelGroups:
+        """The same with other fields of some groups: key -> field -> value."""
+        groups = [replace(g, **changes[g.key]) if g.key in changes else g for g in self.groups]
         return ChannelGroups(groups, self.layers, self.sizes, self.shapes)
+
+    def refuse(self, reasons: Mapping[str, str]) -> ChannelGroups:
+        """The same with more groups that cannot be pruned: key -> why."""
+        return self.changed({k: {"prunable": False, "reason": why} for k, why in reasons.items()})
 
 
 def channel_groups(
@@ -288,7 +292,21 @@ class _Assembly:
             prunable=not reason,
             reason=reason,
             counts=counts,
+            sized=self._sized(roots),
         )
+
+    def _sized(self, roots: list[int]) -> tuple[Sized, ...]:
+        """Attributes that count positions of these units, and how many of each."""
+        found = []
+        for one in self.trace.sized:
+            labels = self.trace.atoms.find(one.owned).numpy()
+            line = np.where((labels == labels[:, :1]).all(1), labels[:, 0], FREE)
+            known, counts = np.unique(line, return_counts=True)
+            owners = dict(zip(known.tolist(), counts.tolist(), strict=True))
+            owned = torch.tensor([owners.get(root, 0) for root in roots])
+            if owned.any():
+                found.append(replace(one, owned=owned))
+        return tuple(found)
 
     def _own(self, part: Slice) -> int:
         tensor = self.tensors[part.parameter]

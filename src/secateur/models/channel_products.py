@@ -32,6 +32,9 @@ def convolution(trace: Trace, call: Call) -> Tensor:
     shape = call.out.shape
     labels = trace.certain(call.x)
     dim = labels.dim() - weight.dim() + 1
+    wide = changing(trace.roots(labels))
+    if any(d > dim for d in wide) and dim not in wide:
+        trace.pin(labels, "is convolved with its neighbours")
     x = trace.line(labels, dim)
     if id(weight) not in trace.names:
         trace.pin(x, "meets a weight that is computed when the model runs")
@@ -53,6 +56,8 @@ def convolution(trace: Trace, call: Call) -> Tensor:
     if whole_groups(groups, each, owner):
         grouped = x.view(groups, each)
         trace.atoms.merge(grouped, grouped[:, :1].expand(grouped.shape))
+        if not hasattr(trace.module(), "groups"):  # no convolution, and it counts its groups
+            trace.sized_by(groups, grouped)
         if each > 1 and bool((grouped < 0).any()):
             trace.pin(x, "shares a group of a convolution with a fixed channel")
         y = grouped[:, 0].repeat_interleave(outputs // groups)
@@ -271,36 +276,56 @@ def batch_norm(trace: Trace, call: Call) -> Tensor:
 
 def layer_norm(trace: Trace, call: Call) -> Tensor:
     """A norm over channels: those that stay are normalised among themselves."""
+    return _over_channels(trace, call, call.get(2, "weight"), call.get(3, "bias"))
+
+
+def rms_norm(trace: Trace, call: Call) -> Tensor:
+    """The same without a mean."""
+    return _over_channels(trace, call, call.get(2, "weight"), None)
+
+
+def _over_channels(trace: Trace, call: Call, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     labels = trace.certain(call.x)
     sizes = call.get(1, "normalized_shape")
-    weight, bias = call.get(2, "weight"), call.get(3, "bias")
     dims = range(labels.dim() - len(sizes), labels.dim())
     wide = [d for d in changing(trace.roots(labels)) if d in dims]
     if not wide:
         return labels
-    plain = type(trace.module()) is nn.LayerNorm and weight is not None
-    if len(sizes) > 1 or not plain:
-        trace.pin(labels, "goes through a layer norm that cannot be made narrower")
+    if len(sizes) > 1 or not _owns(trace, weight):
+        trace.pin(
+            labels, f"goes through a {call.name.replace('_', ' ')} that cannot be made narrower"
+        )
         return labels
-    line = trace.line(labels, -1)
-    trace.touch(weight, 0, "norm", line)
-    trace.touch(bias, 0, "norm", line)
-    trace.normed.append(line)
+    _normed(trace, trace.line(labels, -1), weight, bias)
     return labels
 
 
+def _owns(trace: Trace, weight: Tensor | None) -> bool:
+    """Whether a norm's numbers are those of the module it is in, which can be told its width."""
+    return weight is not None and trace.names.get(id(weight)) == f"{trace.here}.weight".lstrip(".")
+
+
+def _normed(trace: Trace, line: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    trace.touch(weight, 0, "norm", line)
+    trace.touch(bias, 0, "norm", line)
+    trace.normed.append(line)
+
+
 def group_norm(trace: Trace, call: Call) -> Tensor:
-    """A norm over groups of channels, which go as a whole."""
+    """A norm over groups of channels, which go as a whole; over one group as a layer norm."""
     labels = trace.certain(call.x)
     line = trace.line(labels, 1)
-    groups, weight = call.get(1, "num_groups"), call.get(2, "weight")
-    if groups == 1 or weight is None or bool((line < 0).any()):
+    groups, weight, bias = call.get(1, "num_groups"), call.get(2, "weight"), call.get(3, "bias")
+    if not _owns(trace, weight) or (groups > 1 and bool((line < 0).any())):
         trace.pin(line, "goes through a group norm that cannot be made narrower")
+        return labels
+    if groups == 1:
+        _normed(trace, line, weight, bias)
         return labels
     grouped = line.view(groups, -1)
     trace.atoms.merge(grouped, grouped[:, :1].expand(grouped.shape))
     trace.touch(weight, 0, "norm", line)
-    trace.touch(call.get(3, "bias"), 0, "norm", line)
+    trace.touch(bias, 0, "norm", line)
     return labels
 
 
@@ -312,6 +337,7 @@ LAYERS: dict[str, Rule] = (
         "linear": linear,
         "multi_head_attention_forward": multi_head,
         "layer_norm": layer_norm,
+        "rms_norm": rms_norm,
         "group_norm": group_norm,
     }
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secateur.models.channel_labels import FREE, along, changing, free, small
 from secateur.models.channel_products import PRODUCTS
+from secateur.models.channel_sizes import Sized, lists
 from secateur.models.channel_trace import Call, Rule, Trace
 
 
@@ -73,7 +74,9 @@ def reshape(trace: Trace, call: Call) -> Tensor:
     after = before.reshape(call.out.shape)
     wide = changing(trace.roots(after))
     if len(wide) <= max(1, len(changing(trace.roots(before)))) or trace.only_parameter(before):
+        _asked(trace, call, after)
         return after
+    _asked(trace, call, after)
     unit, owner = wide[-1], None
     ordered = [wide[-2], *[d for d in wide if d != wide[-2]]]
     for module, attribute, value in _head_counts(trace):
@@ -90,6 +93,26 @@ def reshape(trace: Trace, call: Call) -> Tensor:
     if owner is not None:
         trace.counts.append((*owner, first[:, 0].contiguous()))
     return after
+
+
+def _asked(trace: Trace, call: Call, after: Tensor) -> None:
+    """Widths that a ``reshape`` was given, if the module has them in attributes."""
+    given = call.args[1:] or call.kwargs.get("shape", ())
+    sizes = given[0] if given and isinstance(given[0], list | tuple) else given
+    if call.name not in ("view", "reshape") or len(sizes) != after.dim():
+        return
+    heads = {value for _, _, value in _head_counts(trace)}
+    for dim in changing(after):
+        if sizes[dim] == after.shape[dim] and sizes[dim] not in heads:
+            line = _at(after, dim)
+            trace.sized_by(sizes[dim], line)
+            names = lists(trace.module(), sizes) if trace.here else []
+            trace.sized += [Sized(trace.here, name, dim, line) for name in names]
+
+
+def _at(labels: Tensor, dim: int) -> Tensor:
+    """(n, m) labels of all that lies at each position of ``dim``."""
+    return small(labels).movedim(dim, 0).reshape(labels.shape[dim], -1)
 
 
 def _first_of(labels: Tensor) -> Tensor:
@@ -118,7 +141,7 @@ def index(trace: Trace, call: Call) -> Tensor:
         return free(call.out.shape)
     result: Tensor = call.func(labels, *map(_here, call.args[1:]), **call.kwargs)
     roots = trace.roots(labels)
-    picked = any(_indexed(call, dim, labels.dim()) for dim in changing(roots))
+    picked = any(_indexed(call, dim, labels.shape) for dim in changing(roots))
     if picked and not trace.only_parameter(labels):
         trace.pin(labels, "is indexed by numbers in the model's code")
     return result
@@ -135,8 +158,9 @@ def _parts(args: Any) -> list[Any]:
     return [p for a in args for p in (a if isinstance(a, tuple | list) else (a,))]
 
 
-def _indexed(call: Call, dim: int, dims: int) -> bool:
+def _indexed(call: Call, dim: int, shape: torch.Size) -> bool:
     """Whether a call picks among the elements along ``dim``."""
+    dims = len(shape)
     if call.name != "getitem":
         return bool(call.get(1, "dim") % dims == dim)
     items = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
@@ -147,10 +171,17 @@ def _indexed(call: Call, dim: int, dims: int) -> bool:
             place += dims - used
             continue
         for _ in range(_takes(item)):
-            if place == dim and item != slice(None):
+            if place == dim and not _takes_all(item, shape[dim]):
                 return True
             place += 1
     return False
+
+
+def _takes_all(item: Any, size: int) -> bool:
+    """Whether a slice leaves nothing out, nor would if there were fewer."""
+    if not isinstance(item, slice) or item.step not in (None, 1):
+        return False
+    return item.start in (None, 0) and (item.stop is None or item.stop >= size)
 
 
 def _takes(item: Any) -> int:
@@ -174,12 +205,33 @@ def pieces(trace: Trace, call: Call) -> list[Tensor]:
     else:
         parts = list(labels.split([p.shape[dim] for p in call.out], dim))
     if dim in changing(trace.roots(labels)):
-        if call.name == "unbind" or any(p.shape != parts[0].shape for p in parts):
+        alike = all(p.shape == parts[0].shape for p in parts)
+        known = call.name != "unbind" and _split_by(trace, call, parts, dim, not alike)
+        if call.name == "unbind" or not (alike or known):
             trace.pin(labels, "is split at numbers in the model's code")
-        else:
+        elif alike:
             for part in parts[1:]:
                 trace.atoms.merge(part, parts[0])
     return parts
+
+
+def _split_by(trace: Trace, call: Call, parts: list[Tensor], dim: int, sure: bool) -> bool:
+    """Whether the module has the sizes of the pieces in attributes."""
+    sizes = call.get(1, "split_size_or_sections", call.get(1, "split_size"))
+    if call.name == "chunk" or not trace.here:
+        return False
+    lines = [_at(part, dim) for part in parts]
+    if isinstance(sizes, int):
+        return not sure and trace.sized_by(sizes, lines[0])
+    names = lists(trace.module(), [int(size) for size in sizes])
+    trace.sized += [
+        Sized(trace.here, name, place, line, sure)
+        for name in names
+        for place, line in enumerate(lines)
+    ]
+    # pieces given one by one; what no attribute says is what the others leave
+    found = [trace.sized_by(int(n), line, sure) for n, line in zip(sizes, lines, strict=True)]
+    return bool(names) or any(found)
 
 
 def concatenate(trace: Trace, call: Call) -> Tensor:
@@ -262,6 +314,12 @@ def reduction(trace: Trace, call: Call) -> Any:
     dims = sorted({d % labels.dim() for d in (dims if isinstance(dims, list | tuple) else [dims])})
     roots = trace.roots(labels)
     mixed = set(dims) & set(changing(roots))
+    if mixed and set(changing(roots)) - mixed:  # channels of several tensors side by side
+        for dim in mixed:
+            part = small(labels)
+            trace.atoms.merge(part, part.narrow(dim, 0, 1).expand(part.shape))
+        roots = trace.roots(labels)
+        mixed = set(dims) & set(changing(roots))
     if mixed:
         trace.pin(labels, f"goes through '{call.name}' over channels")
     outs = [call.out] if isinstance(call.out, Tensor) else call.out

@@ -16,8 +16,9 @@ from secateur.masks.structured import StructuredMask, remember, structure_of
 from secateur.models.attention_heads import narrow_attention, narrow_qkv
 from secateur.models.channel_graph import ChannelGroup, ChannelGroups
 from secateur.models.channel_products import WHOLE, whole_groups
+from secateur.models.channel_sizes import follow_cut
 from secateur.models.cuts import Cuts, cut_tensors, drop
-from secateur.models.norms import mask_norms, unmask_norms
+from secateur.models.norm_masks import keep_among, see_all_again
 
 Gone = Mapping[str, Tensor] | StructuredMask
 """Group key -> bool (n_units,), True where the unit goes; or a mask in original numbers."""
@@ -27,7 +28,7 @@ Gone = Mapping[str, Tensor] | StructuredMask
 def mask_channels(model: nn.Module, groups: ChannelGroups, gone: Gone) -> None:
     """Zero everything that belongs to the units gone; shapes stay.
 
-    A layer norm they go through is replaced by one that looks only at those that stay. Running
+    A norm over channels they go through is replaced by one that looks only at those that stay. Running
     statistics of batch norms stay as they are.
 
     Raises:
@@ -41,9 +42,10 @@ def mask_channels(model: nn.Module, groups: ChannelGroups, gone: Gone) -> None:
                 positions = part.index[units].reshape(-1).to(tensor.device)
                 tensor.index_fill_(part.dim, positions, 0.0)
         if group.kind == "stem":
-            mask_norms(model, group, ~units)
+            keep_among(model, group, ~units)
             # PyTorch's fused encoder layer would take the norms' weights and leave the norms out.
             narrow_attention(model, set(group.consumers))
+    _forget(model)
 
 
 @torch.no_grad()
@@ -80,7 +82,7 @@ def shrink_channels(
             size = tensors[part.parameter].shape[part.dim]
             drop(cuts, part.parameter, part.dim, size, part.index[units].reshape(-1))
     touched = {name.rpartition(".")[0] for name in cuts}
-    unmask_norms(model)
+    see_all_again(model)
     narrow_qkv(model, {name for group, _ in chosen for name in group.rewritten})
     narrow_attention(model, touched | {t.removesuffix(".out_proj") for t in touched})
     cut_tensors(tensors, cuts, list(optimizers), list(also))
@@ -88,10 +90,20 @@ def shrink_channels(
         for name, attribute in group.counts:
             module = model.get_submodule(name)
             setattr(module, attribute, getattr(module, attribute) - int(units.sum()))
+        follow_cut(model, group.sized, units)
     for name in touched:
         _sync(model.get_submodule(name))
+    _forget(model)
     remember(model, after)
     return after
+
+
+def _forget(model: nn.Module) -> None:
+    """Let modules drop what they keep between calls (tables of positions): ``train`` is where."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -142,18 +154,19 @@ def _sync(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         assert weight is not None
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.GroupNorm):
         each = module.num_channels // module.num_groups
         module.num_channels = len(module.weight)
-        module.num_groups = module.num_channels // each
+        if module.num_groups > 1:
+            module.num_groups = module.num_channels // each
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         line = weight if weight is not None else module.running_mean
         assert line is not None
         module.num_features = len(line)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
+    elif hasattr(module, "normalized_shape") and weight is not None:  # layer norm, RMS norm
+        module.__dict__["normalized_shape"] = tuple(weight.shape)
 
 
 def _sync_convolution(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:

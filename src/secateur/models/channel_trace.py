@@ -29,6 +29,7 @@ from secateur.models.channel_labels import (
     packed,
     small,
 )
+from secateur.models.channel_sizes import Sized, attributes
 from secateur.models.units import Role
 
 Unknown = Literal["error", "keep"]
@@ -79,6 +80,7 @@ class Trace:
     costs: list[Cost] = field(default_factory=list)
     counts: list[tuple[str, str, Tensor]] = field(default_factory=list)
     """(module, attribute, labels): an attribute that counts channels' units (``num_heads``)."""
+    sized: list[Sized] = field(default_factory=list)
     normed: list[Tensor] = field(default_factory=list)
     """Labels of what goes through layer norms."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -258,6 +260,19 @@ class Trace:
             found.append(free(part.shape) if loose and wide and not meets else part)
         return found
 
+    def sized_by(self, value: Any, labels: Tensor, sure: bool = False) -> bool:
+        """Note attributes of the running module of this value, which may count these channels.
+
+        Args:
+            labels: (n, m) of what lies at each of the n positions.
+            sure: as of ``Sized``.
+        """
+        if type(value) is not int or not self.here:
+            return False
+        names = attributes(self.module(), value)
+        self.sized += [Sized(self.here, name, None, labels, sure) for name in names]
+        return bool(names)
+
     # -- layers --------------------------------------------------------------------------------
 
     def touch(
@@ -271,7 +286,14 @@ class Trace:
         """Note that ``dim`` of a weight counts these channels."""
         if tensor is None:
             return
-        name = self.names[id(tensor)]
+        name = self.names.get(id(tensor))
+        if name is None:  # computed: a bias put together from others
+            found = self.labels(tensor)
+            if found is None or bool((found < 0).any()):
+                self.pin(labels, "meets numbers that are computed when the model runs")
+            else:
+                self.atoms.merge(found.reshape(-1), labels)
+            return
         before = self.touches.get((name, dim))
         if before is None:
             owner = name.rpartition(".")[0]
@@ -432,3 +454,5 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, list | tuple):
         for value in output:
             yield from _tensors(value)
+    elif hasattr(output, "__dict__"):  # a dataclass, or whatever else carries ``logits``
+        yield from _tensors(vars(output))

@@ -8,24 +8,30 @@ every layer it is in, and the network computes what it did.
 With squeeze-and-excitation the number is multiplied by a gate that depends on the image, so the
 channel can go only where the number is 0. Nothing is read off the network's code to find that
 out: whatever else flows into the channel is replaced by noise, and a channel is dead only if
-none of its readers notices.
+none of its readers notices. What is folded is tried on a copy first.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from secateur.kernels.depthwise import is_depthwise
+from secateur.kernels.depthwise import computes_plainly, is_depthwise
 from secateur.models.channel_graph import ChannelGroup, ChannelGroups
-from secateur.models.channel_surgery import shrink_channels
+from secateur.models.channel_surgery import mask_channels, shrink_channels
+from secateur.models.vision.outputs import logits_of
 
 _NOISE = (1.0, 20.0)  # inside of what gates and clamps let through, and far beyond
 _LOOKS, _IMAGES = 8, 4
+_TOLERANCE = 1e-4  # of the largest output: what rounding may change
 Masks = Mapping[str, Tensor]
 
 
@@ -59,7 +65,13 @@ def fold_dead_channels(
         there; ``cut_dead_channels`` removes them.
     """
     candidates = {}
+    # a product sums over channels: what a constant adds to it stays in no layer's bias
+    summed = {
+        key for c in groups.layers if c.kind == "product" for e in c.extents for key in e.units
+    }
     for group in groups.prunable:
+        if group.key in summed:
+            continue
         silent = silent_channels(group, model, masks)
         room = max(0, group.n_units - at_least)
         silent &= silent.cumsum(0) <= room  # the first of them; the last stay where too few would
@@ -78,14 +90,18 @@ def fold_dead_channels(
             if not _takes_constants(reader):
                 # zeros at the border differ from the constant, unless it is zero itself
                 constant &= (values[port.module] == 0).all(1)
-        if constant.any():
-            for port in group.inputs:
-                _absorb(
-                    model.get_submodule(port.module),
-                    port.index[constant].reshape(-1),
-                    values[port.module][constant].reshape(-1),
-                    norms.get(port.module),
-                )
+        found = [
+            _Fold(
+                port.module,
+                port.index[constant].reshape(-1),
+                values[port.module][constant].reshape(-1),
+                norms.get(port.module, ""),
+            )
+            for port in group.inputs
+        ]
+        if constant.any() and _holds(model, groups, {key: constant}, found, example):
+            for fold in found:
+                _absorb(model, fold)
             dead[key] = constant
     return dead
 
@@ -128,9 +144,8 @@ def _looks(
     was = model.training
     with _hooked(model, hooks):
         model.eval()
-        for _ in range(_LOOKS):
-            noise = torch.randn((_IMAGES, *example.shape[1:]), generator=generator).to(example)
-            model(noise * example.std().clamp_min(0.1) + example.mean())
+        for images in _noise(example, _LOOKS, generator):
+            model(images)
     model.train(was)
     return seen
 
@@ -179,46 +194,86 @@ def _watch(name: str, seen: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., A
 
 
 def _takes_constants(reader: nn.Module) -> bool:
-    """Whether a constant channel reaches every output alike."""
+    """Whether a constant channel reaches every output alike, through a weight of the reader's own."""
     if isinstance(reader, nn.Linear):
-        return True
-    if not isinstance(reader, nn.Conv2d) or reader.groups != 1:
+        return type(reader).forward is nn.Linear.forward and "weight" in reader._parameters
+    if not isinstance(reader, nn.Conv2d) or reader.groups != 1 or not computes_plainly(reader):
         return False
     return reader.padding == "valid" or not any(
         reader.padding if not isinstance(reader.padding, str) else (1,)
     )
 
 
-def _norms_behind(model: nn.Module, example: Tensor) -> dict[str, nn.BatchNorm2d]:
-    """The batch norm that alone takes in a layer's output, by the layer's name."""
+class _Uses(TorchFunctionMode):
+    """Counts the calls that take in each tensor somebody asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[int, int] = {}
+        self.kept: list[Tensor] = []  # so that no identity is used twice
+
+    def ask(self, tensor: Tensor) -> None:
+        self.of[id(tensor)] = 0
+        self.kept.append(tensor)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor | tuple | list) and not isinstance(out, torch.Size):
+            for value in [*args, *(kwargs or {}).values()]:
+                for part in value if isinstance(value, tuple | list) else (value,):
+                    if id(part) in self.of:
+                        self.of[id(part)] += 1
+        return out
+
+
+def _norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """The batch norm that alone takes in a layer's output, and nothing else, by the layer's name."""
+    uses, calls = _Uses(), Counter[str]()
     made: dict[int, str] = {}
-    kept: list[Tensor] = []  # so that no identity is used twice
-    found: dict[str, nn.BatchNorm2d] = {}
+    found: dict[str, tuple[int, str]] = {}
 
     def after(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
+            calls[name] += 1
             if isinstance(module, nn.BatchNorm2d):
                 source = made.get(id(args[0]))
                 if source is not None and module.running_mean is not None:
-                    found[source] = module
+                    found[source] = id(args[0]), name
             elif isinstance(out, Tensor):
                 made[id(out)] = name
-                kept.append(out)
+                uses.ask(out)
 
         return hook
 
     was = model.training
     layers = (nn.Conv2d, nn.BatchNorm2d)
     hooks = [(n, after(n), True) for n, m in model.named_modules() if isinstance(m, layers)]
-    with _hooked(model, hooks):
+    with _hooked(model, hooks), uses:
         model.eval()
         model(example)
     model.train(was)
-    return found
+    return {
+        source: name
+        for source, (tensor, name) in found.items()
+        if uses.of[tensor] == calls[source] == calls[name] == 1
+    }
 
 
-def _absorb(reader: nn.Module, places: Tensor, values: Tensor, norm: nn.BatchNorm2d | None) -> None:
-    """Add what the channels ``places`` at ``values`` give to the reader's output for good."""
+@dataclass(frozen=True, eq=False)
+class _Fold:
+    """Channels ``places`` of a reader's input are ``values``; ``norm`` is what stands behind it."""
+
+    reader: str
+    places: Tensor
+    values: Tensor
+    norm: str
+
+
+def _absorb(model: nn.Module, fold: _Fold) -> None:
+    """Add what the constants give to the reader's output for good."""
+    reader, places, values = model.get_submodule(fold.reader), fold.places, fold.values
     weight = reader.weight
     assert isinstance(weight, Tensor)
     if not bool(values.any()):
@@ -229,10 +284,36 @@ def _absorb(reader: nn.Module, places: Tensor, values: Tensor, norm: nn.BatchNor
         else (weight[:, places.to(weight.device), None])
     )
     shift = (part.sum(2).double() @ values.to(weight.device).double()).to(weight.dtype)
-    if norm is not None and norm.running_mean is not None:
+    norm = model.get_submodule(fold.norm) if fold.norm else None
+    if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
         norm.running_mean -= shift
     elif reader.bias is not None:
         assert isinstance(reader.bias, Tensor)
         reader.bias += shift
     else:
         reader.bias = nn.Parameter(shift)
+
+
+def _holds(
+    model: nn.Module,
+    groups: ChannelGroups,
+    gone: Mapping[str, Tensor],
+    folds: list[_Fold],
+    example: Tensor,
+) -> bool:
+    """Whether a copy does the same with the constants moved and the channels zeroed."""
+    trial = deepcopy(model).eval()
+    x = next(_noise(example, 1, torch.Generator().manual_seed(1)))
+    wanted = logits_of(trial(x))
+    for fold in folds:
+        _absorb(trial, fold)
+    mask_channels(trial, groups, gone)
+    far = float((logits_of(trial(x)) - wanted).abs().max())
+    return far <= _TOLERANCE * float(wanted.abs().max())
+
+
+def _noise(example: Tensor, times: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Images of noise, as bright as the example."""
+    for _ in range(times):
+        noise = torch.randn((_IMAGES, *example.shape[1:]), generator=generator).to(example)
+        yield noise * example.std().clamp_min(0.1) + example.mean()

@@ -105,9 +105,14 @@ class DualPath:
         return functional_call(shell, self.sliced(kept), inputs, tie_weights=False)
 
     def sliced(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every parameter without the units that are not kept, as functions of the whole ones."""
+        """Every parameter without the units that are not kept, as functions of the whole ones.
+
+        Buffers too, since some count in a forward (a batch norm that is frozen, a fixed scale); as
+        copies, so that batch norms see the images of the soft network only.
+        """
         gone: dict[tuple[str, int], Tensor] = {}
-        parameters = parameters_of(self.model)
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        parameters = parameters_of(self.model) | buffers
         for group in self.groups.prunable:
             units = kept.get(group.key)
             if units is None or bool(units.all()):

@@ -20,7 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from secateur.errors import VerificationError
+from secateur.kernels.depthwise import computes_plainly
 from secateur.models.sparse_depthwise import SparseDepthwise, sparsify
+from secateur.models.vision.outputs import logits_of
 
 _CLAMPS: dict[Any, tuple[float, float]] = {
     F.relu: (0.0, math.inf),
@@ -52,15 +54,16 @@ def inference_copy(
     with torch.no_grad():
         before = copy.deepcopy(model).eval()
         for name, mask in masks.items():
-            before.get_parameter(name).masked_fill_(mask, 0)
-        wanted = before(example)
+            weight = before.get_parameter(name)
+            weight.masked_fill_(mask.to(weight.device), 0)
+        wanted = logits_of(before(example))
         merged = _merged(before, masks) if merge else None
         if merged is None:
             merged = before
             sparsify(merged, masks)
         for parameter in merged.parameters():
             parameter.requires_grad_(False)
-        got = merged(example)
+        got = logits_of(merged(example))
     gap = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
     if not gap <= TOLERANCE:
         raise VerificationError(
@@ -71,10 +74,15 @@ def inference_copy(
     return merged
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, SparseDepthwise) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _merged(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module | None:
     """The traced network with all merged; None if it cannot be traced."""
     try:
-        graph = fx.symbolic_trace(model)
+        graph = fx.GraphModule(model, _Tracer().trace(model))
     except Exception:  # anything may go wrong in a stranger's forward: then nothing is merged
         return None
     modules = dict(graph.named_modules())
@@ -89,7 +97,9 @@ def _merged(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module | None:
         if not isinstance(source, fx.Node) or len(source.users) != 1 or source.op != "call_module":
             continue
         layer = modules.get(str(source.target))
-        if isinstance(layer, SparseDepthwise) and _calls(graph, str(source.target)) == 1:
+        if not isinstance(layer, SparseDepthwise) or layer.clamps:
+            continue
+        if _calls(graph, str(source.target)) == 1:
             assert clamp is not None
             layer.low, layer.high = clamp
             node.replace_all_uses_with(source)
@@ -111,6 +121,8 @@ def fold_norms(graph: fx.GraphModule, modules: dict[str, nn.Module]) -> int:
         conv = modules.get(str(source.target)) if source.op == "call_module" else None
         alone = len(source.users) == 1 and _calls(graph, str(source.target)) == 1
         if not isinstance(conv, nn.Conv2d) or not alone or norm.running_mean is None:
+            continue
+        if not computes_plainly(conv) or (isinstance(conv, SparseDepthwise) and conv.clamps):
             continue
         fused = fuse_conv_bn_eval(conv, norm)
         parent, _, child = str(source.target).rpartition(".")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
-from secateur.kernels.depthwise import Backend, Taps, depthwise, is_depthwise, refuse
+from secateur.kernels.depthwise import Backend, Taps, can_list, depthwise, refuse
 
 
 class SparseDepthwise(nn.Conv2d):
@@ -30,7 +30,8 @@ class SparseDepthwise(nn.Conv2d):
 
     Weights under the mask are zero whatever the parameter holds. Without gradients and on
     float32 CPU tensors it runs on tap lists, on a CUDA device on a Triton kernel if there is one;
-    everywhere else, and while training or tracing, it is the masked dense convolution.
+    everywhere else, and while training or tracing, it is the masked dense convolution. The lists
+    follow weights that are changed in place, but not through ``weight.data``.
 
     Attributes:
         gone: of the weight's shape, bool; in the state dict.
@@ -38,6 +39,7 @@ class SparseDepthwise(nn.Conv2d):
         backend: of ``kernels.depthwise``.
     """
 
+    COMPUTES_PLAINLY = True  # what nn.Conv2d does, of its own weight
     gone: Tensor
 
     def __init__(
@@ -65,10 +67,15 @@ class SparseDepthwise(nn.Conv2d):
         """Taps that are not gone."""
         return int((~self.gone).sum())
 
+    @property
+    def clamps(self) -> bool:
+        """Whether an activation was merged into it."""
+        return self.low > -math.inf or self.high < math.inf
+
     def taps(self) -> Taps:
         """The lists, made again when weight, bias or mask have changed."""
         parts = [x for x in (self.weight, self.bias, self.gone) if x is not None]
-        state = tuple((x.data_ptr(), x._version) for x in parts), self.low, self.high
+        state = tuple((x.data_ptr(), _version(x)) for x in parts), self.low, self.high
         if self._taps is None or self._taps[0] != state:
             self._taps = state, Taps.of(self, self.gone, self.low, self.high)
         return self._taps[1]
@@ -82,15 +89,10 @@ class SparseDepthwise(nn.Conv2d):
                 return depthwise_cuda(x, self.taps())
             return depthwise(x, self.taps(), self.backend)
         out = self._conv_forward(x, self.weight.masked_fill(self.gone, 0), self.bias)
-        bounded = self.low > -math.inf or self.high < math.inf
-        return out.clamp(self.low, self.high) if bounded else out
+        return out.clamp(self.low, self.high) if self.clamps else out
 
     def _sparse(self, x: Tensor) -> bool:
-        if (
-            x.dim() != 4
-            or torch._C._get_tracing_state() is not None
-            or torch.compiler.is_compiling()
-        ):
+        if isinstance(x, torch.fx.Proxy) or x.dim() != 4 or _transformed():
             return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return False
@@ -100,13 +102,17 @@ class SparseDepthwise(nn.Conv2d):
             return available() and x.dtype in (torch.float32, torch.float16)
         return type(x) is Tensor and x.device.type == "cpu" and x.dtype is torch.float32
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Lists are made anew: they know where this layer's weights lie."""
+        return {**vars(self), "_taps": None}
+
     def dense(self) -> nn.Conv2d:
         """A plain convolution with zeros, sharing the parameters.
 
         Raises:
             UsageError: it clamps, which a convolution cannot.
         """
-        if self.low > -math.inf or self.high < math.inf:
+        if self.clamps:
             raise UsageError(
                 "an activation was merged into it", field="module", value=type(self).__name__,
                 fix="densify the network it was made of",
@@ -130,7 +136,9 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
     """Put masked depth-wise layers in place, in ``model``.
 
     Args:
-        masks: weight name -> True where the tap is gone; names of other weights are left alone.
+        masks: weight name -> True where the tap is gone. Other layers' weights are left alone, and
+            those of layers that cannot be tap lists (``kernels.depthwise.can_list``). A layer
+            that is one already gets the new mask.
 
     Returns:
         Names of the layers replaced.
@@ -150,7 +158,9 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
                 value=weight,
                 fix="give the masks of this model",
             )
-        if isinstance(module, nn.Conv2d) and is_depthwise(module):
+        if isinstance(module, SparseDepthwise):
+            found[name] = SparseDepthwise(module, gone, module.low, module.high)
+        elif isinstance(module, nn.Conv2d) and can_list(module):
             found[name] = SparseDepthwise(module, gone)
     for name, module in found.items():
         _put(model, name, module)
@@ -178,6 +188,23 @@ def sparse_state(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     names = sparsify(model, masks)
     model.load_state_dict(dict(state))
     return names
+
+
+def _transformed() -> bool:
+    """Whether torch is tracing, compiling, batching or differentiating forward."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _version(x: Tensor) -> object:
+    """Something that is another when the numbers in ``x`` are."""
+    if not x.is_inference():
+        return x._version
+    return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

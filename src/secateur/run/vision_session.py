@@ -135,6 +135,7 @@ def prepare_vision(
     test = None
     if recipe.evaluation is not None:
         test = _test_images(recipe, source if tests is None else tests, train)
+    _refuse_one_class(train)
     loaded.input, loaded.preprocess = train.shape, train.preprocess
     loaded.classes = loaded.classes or train.classes
     _refuse_unfit(recipe, loaded, method)
@@ -142,6 +143,10 @@ def prepare_vision(
     with progress.stage("finding channels"):
         groups = find_groups(recipe, loaded.model, train)
     notes = list(loaded.notes)
+    seen = set(train.targets.tolist())
+    unseen = [name for number, name in enumerate(train.classes) if number not in seen]
+    if unseen:
+        notes.append(f"no training image shows {', '.join(unseen[:5])}{' ...' * (len(unseen) > 5)}")
     if test is not None and test.fingerprint == train.fingerprint:
         notes.append("accuracy is measured on the images that were trained on")
     return VisionSession(
@@ -157,6 +162,16 @@ def prepare_vision(
         progress=progress,
         notes=notes,
     )
+
+
+def _refuse_one_class(train: ImageSet) -> None:
+    if len(train.classes) < 2:
+        raise UsageError(
+            f"has one class, {train.classes[0]!r}: there is nothing to tell apart",
+            field="images",
+            value=train.name,
+            fix="a folder with a sub-folder for each class",
+        )
 
 
 def _own_part(source: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +126,9 @@ def recalibrate_images(
     """Measure the batch norms' statistics anew on training images; no norms, nothing happens.
 
     Args:
-        batches: at most so many, evenly spread, of ``batch`` images.
+        batches: at most so many, of ``batch`` images of all classes (``ImageSet.sample``).
     """
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         return []
-    chosen = images.first(batches * batch)
     place = next(iter(model.parameters())).device
-    whole = max(1, len(chosen) // batch)
-
-    def inputs() -> Iterable[Tensor]:
-        for number, part in enumerate(chosen.batches(min(batch, len(chosen)))):
-            if number < whole:  # a small last batch would count as much as a full one
-                yield part.pixels.to(place)
-
-    return recalibrate(model, inputs())
+    return recalibrate(model, (b.pixels.to(place) for b in images.sample(batches * batch, batch)))

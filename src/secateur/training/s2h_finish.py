@@ -20,11 +20,13 @@ from secateur.data.batches import Data, ImageBatch
 from secateur.masks.structured import StructuredMask
 from secateur.models.channel_graph import ChannelGroups
 from secateur.models.channel_surgery import shrink_channels
+from secateur.models.vision.outputs import logits_of
 from secateur.progress import SILENT, Progress
 from secateur.training.batchnorm import KeptBuffers, recalibrate
 from secateur.training.hooks import Hook
 from secateur.training.loop import fit
 from secateur.training.s2h_options import Learning
+from secateur.training.s2h_start import check_resolutions
 from secateur.training.s2hpruner import LearnedWidths
 from secateur.training.settings import TrainSettings
 from secateur.training.soft_hard import jensen_shannon
@@ -48,6 +50,8 @@ def learn_widths(
 ) -> tuple[LearnedWidths, dict[str, Any]]:
     """Train weights and masks together, in place; the model keeps all its units.
 
+    Parameters that require no gradient stay as they are.
+
     Args:
         groups: ``channel_groups(model, example)``.
         data: labelled images, whose batches are ``ImageBatch``.
@@ -61,8 +65,7 @@ def learn_widths(
         UsageError: a target that cannot be reached; what ``fit`` refuses.
         NumericsError: a loss or a mask's gradient that is not finite.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    check_resolutions(model, data.batch([0]).pixels, options)
     widths = LearnedWidths(model, groups, options)
     fitted = fit(
         model, data, settings, loss=widths.loss(augment),
@@ -78,7 +81,8 @@ def cut(widths: LearnedWidths, batches: Iterable[Tensor]) -> StructuredMask:
     """Slice the hard network out of the model, in place, and measure its batch norms again.
 
     Args:
-        batches: images for the statistics; the paper's code takes a pass, 100 batches do.
+        batches: images for the statistics, of all classes and of one size each
+            (``ImageSet.sample``); the paper's code takes a pass, 100 batches do.
     """
     gone = {key: ~units for key, units in widths.kept().items()}
     structure = shrink_channels(widths.model, widths.groups, gone)
@@ -126,7 +130,7 @@ def measure_gap(
     with paths.soft(widths.gates()):
         _settle_norms(soft, batches)
         for batch in test:
-            outputs = [network.eval()(batch.pixels).float() for network in (soft, hard)]
+            outputs = [logits_of(network.eval()(batch.pixels)).float() for network in (soft, hard)]
             for number, logits in enumerate(outputs):
                 right[number] += int((logits.argmax(-1) == batch.labels).sum())
             divergence += float(jensen_shannon(*outputs).sum())

@@ -29,59 +29,30 @@ from secateur.data.batches import ImageBatch
 from secateur.errors import NumericsError, UsageError
 from secateur.models.channel_graph import ChannelGroups
 from secateur.models.dual_path import DualPath, filter_norms
+from secateur.models.vision.outputs import logits_of
 from secateur.training.hooks import Hook, Loss, Training
 from secateur.training.mask_fusion import fuse, norm, pressure
 from secateur.training.s2h_options import Learning
+from secateur.training.s2h_start import first_masks, resized, width_choices
 from secateur.training.soft_hard import gaps, jensen_shannon
 from secateur.training.width_masks import (
-    candidate_widths,
     centred,
     chosen_width,
     expected_width,
     expected_width_gradient,
-    first_logits,
     lifted,
+    tilted,
     unit_masks,
     width_probabilities,
 )
 
 SETTLING = 500
-"""Most FLOPs-only steps of the masks when they are frozen; they need no images."""
+"""Most FLOPs-only steps of the masks in one descent; they need no images."""
 
 
 WATCHED = ("step", "flops", "divergence", "soft", "hard")
 """What is noted of a training, before the widths: share of the FLOPs, Jensen-Shannon divergence
 (nats) and accuracies of both networks over the training images since the last note."""
-
-
-def width_choices(groups: ChannelGroups, options: Learning) -> dict[str, Tensor]:
-    """Candidate widths of every group that can be narrowed.
-
-    Raises:
-        UsageError: there is none; a target below what the narrowest widths cost.
-    """
-    widths: dict[str, Tensor] = {}
-    for group in groups.prunable:
-        found = candidate_widths(group.n_units, options.divisor, options.at_least)
-        if len(found) > 1:
-            widths[group.key] = found
-    if not widths:
-        raise UsageError(
-            "no group of this network can be narrowed",
-            field="structure",
-            value="prunable groups: 0",
-        )
-    narrow = {k: chosen_width(float(w[0]), int(w[-1]), options.multiple) for k, w in widths.items()}
-    floor = float(groups.flops(narrow)) / float(groups.flops())
-    if options.flops < floor - options.relax:
-        raise UsageError(
-            f"the narrowest widths still cost {floor:.3f} of the FLOPs",
-            field="flops",
-            value=options.flops,
-            fix=f"at least {math.ceil(1000 * floor) / 1000:g} left, a smaller divisor, or more kinds "
-            "of groups",
-        )
-    return widths
 
 
 class LearnedWidths(Hook):
@@ -101,14 +72,10 @@ class LearnedWidths(Hook):
         self.paths = DualPath(model, groups)
         self.device = next(model.parameters()).device
         self.widths = width_choices(groups, options)
-        generator = torch.Generator().manual_seed(options.seed)
         self.logits = {
-            key: first_logits(
-                widths, options.init, tau=options.tau, std=options.init_std,
-                share=options.init_share, generator=generator,
-            ).to(self.device).requires_grad_()
-            for key, widths in self.widths.items()
-        }  # fmt: skip
+            key: u.to(self.device).requires_grad_()
+            for key, u in first_masks(self.widths, options).items()
+        }
         self.speed = {key: torch.zeros_like(u) for key, u in self.logits.items()}
         self.order: dict[str, Tensor] = {}
         self.history: list[list[float]] = []
@@ -213,10 +180,10 @@ class LearnedWidths(Hook):
                 # The value of a sliced unit is 0 or 1, its gradient the soft mask's.
                 gates = {k: kept[k].to(g) + g - g.detach() for k, g in gates.items()}
             with self.paths.soft(gates):
-                soft = model(pixels)
+                soft = logits_of(model(pixels))
             value = F.cross_entropy(soft.float(), batch.labels)
             if self.options.distillation != "none":
-                hard = self.paths.hard(kept, pixels)
+                hard = logits_of(self.paths.hard(kept, pixels))
                 self._watch(soft.detach(), hard.detach(), batch.labels)
                 found = gaps(soft, hard, self.options.distillation, self.options.auto_temperature)
                 if found.joint is not None:
@@ -230,10 +197,8 @@ class LearnedWidths(Hook):
 
     def _resized(self, pixels: Tensor) -> Tensor:
         factors = self.options.resolutions
-        factor = factors[int(torch.randint(len(factors), ()))] if len(factors) > 1 else factors[0]
-        if factor == 1:
-            return pixels
-        return F.interpolate(pixels, scale_factor=factor, mode="bilinear", antialias=True)
+        which = int(torch.randint(len(factors), ())) if len(factors) > 1 else 0
+        return resized(pixels, factors[which])
 
     @torch.no_grad()
     def _watch(self, soft: Tensor, hard: Tensor, labels: Tensor) -> None:
@@ -316,8 +281,16 @@ class LearnedWidths(Hook):
     @torch.no_grad()
     def settle(self) -> None:
         """FLOPs alone move the masks until they are within the tolerance, or as near as they come."""
+        least = math.inf
+        while (off := self._descend()) < 0.9 * least and off > self.options.relax:
+            least = off  # a start far away takes more than one descent
+        if off > self.options.relax:
+            self._step_widths()
+
+    def _descend(self) -> float:
+        """Down the FLOPs' gradient with falling steps; how far off the masks are then."""
         best, least, idle = {k: u.clone() for k, u in self.logits.items()}, math.inf, 0
-        rate, relax = 0.5, self.options.relax
+        rate, relax = 0.5 * self.options.tau, self.options.relax
         for _ in range(SETTLING):
             with torch.enable_grad():
                 gradients, share = self._flops_gradient()
@@ -333,6 +306,36 @@ class LearnedWidths(Hook):
             rate *= 0.99
         for key, u in best.items():
             self.logits[key].copy_(u)
+        return least
+
+    def _step_widths(self) -> None:
+        """One width at a time, as long as that brings the FLOPs nearer: no gradient moves just one."""
+        chosen, step = self.chosen(), self.options.multiple
+
+        def off(widths: Mapping[str, int]) -> float:
+            return abs(float(self.groups.flops(widths)) / self.all_flops - self.options.flops)
+
+        before, least = dict(chosen), off(chosen)
+        while least > self.options.relax:
+            ways = [
+                chosen | {key: width}
+                for key, now in chosen.items()
+                for width in (-(-now // step) * step - step, now // step * step + step)
+                if self._least_width(key) <= width < int(self.widths[key][-1]) + step
+            ]
+            ways = [{k: min(n, int(self.widths[k][-1])) for k, n in way.items()} for way in ways]
+            nearest = min(ways, key=off, default=chosen)
+            if off(nearest) >= least:
+                break
+            chosen, least = nearest, off(nearest)
+        for key, width in chosen.items():
+            if width != before[key]:
+                u = tilted(self.logits[key], self.widths[key], width, self.options.tau)
+                self.logits[key].copy_(centred(u, self.options.centre))
+
+    def _least_width(self, key: str) -> int:
+        widths = self.widths[key]
+        return chosen_width(float(widths[0]), int(widths[-1]), self.options.multiple)
 
     def end(self, at: Training) -> None:
         """See ``Hook``: whatever happened, what is delivered costs what was asked for."""

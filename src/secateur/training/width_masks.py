@@ -37,12 +37,15 @@ _EXACT = 1e-4
 _DEEPEST = 20.0
 
 
-def candidate_widths(size: int, divisor: int | None = None, at_least: int = 1) -> Tensor:
+def candidate_widths(
+    size: int, divisor: int | None = None, at_least: int = 1, name: str = ""
+) -> Tensor:
     """Widths a group of ``size`` units may have, (n,) int64, ascending, the last being ``size``.
 
     Args:
         divisor: units in a step; lowered until it divides ``size``. Default: ``size / 32``.
         at_least: the first width is no smaller.
+        name: of the group, for the error.
 
     Raises:
         UsageError: a divisor below 1, or so large that only the full width is left.
@@ -55,10 +58,13 @@ def candidate_widths(size: int, divisor: int | None = None, at_least: int = 1) -
         raise UsageError("must be at least 1", field="divisor", value=divisor)
     if size <= step:
         raise UsageError(
-            f"a group of {size} units has no narrower width in steps of {step}",
+            f"a group of {size} units{f', {name!r},' if name else ''} has no narrower width in steps "
+            f"of {step}",
             field="divisor",
             value=step,
-            fix=f"a divisor below {size}" if size > 1 else "protect the group of one unit",
+            fix=f"a divisor below {size}, or protect the group"
+            if size > 1
+            else "protect the group of one unit",
         )
     while size % step:
         step -= 1
@@ -121,6 +127,21 @@ def lifted(logits: Tensor, tau: float = 1.0) -> Tensor:
     A probability of e^-20 changes nothing in the masks (2e-9 a step) and still has a gradient.
     """
     return torch.maximum(logits, logits.max() - _DEEPEST * tau)
+
+
+def tilted(logits: Tensor, widths: Tensor, wanted: float, tau: float = 1.0) -> Tensor:
+    """Logits whose expected width is ``wanted``: the nearest distribution that has it.
+
+    Of all with that mean, p_k exp(s c_k) has the least divergence from p; s by bisection.
+    """
+    c = widths.double().to(logits.device)
+    u = logits.detach().double() / tau
+    low, high = -1e3, 1e3
+    for _ in range(60):
+        slope = (low + high) / 2
+        mean = float((torch.softmax(u + slope * c, -1) * c).sum())
+        low, high = (slope, high) if mean < wanted else (low, slope)
+    return lifted((tau * (u + (low + high) / 2 * c)).to(logits), tau)
 
 
 def centred(logits: Tensor, how: Centre = "mean") -> Tensor:

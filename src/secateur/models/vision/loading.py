@@ -17,6 +17,7 @@ from secateur.errors import SecateurError, UsageError
 from secateur.masks.structured import StructuredMask, remember
 from secateur.models.attention_heads import narrow_qkv
 from secateur.models.channel_graph import channel_groups
+from secateur.models.channel_sizes import set_sizes
 from secateur.models.channel_surgery import shrink_channels
 from secateur.models.checks import fingerprint_model
 from secateur.models.vision.names import MANIFEST, ZOO, factory, is_vision
@@ -265,6 +266,7 @@ def fill(model: nn.Module, folder: str | Path) -> nn.Module:
     if any(bool(gone.any()) for gone in mask.gone.values()):
         groups = channel_groups(model, example, unknown=record.get("unknown", "error"))
         shrink_channels(model, groups, mask)
+    set_sizes(model, record.get("sizes", {}))
     remember(model, mask)
     with opened(folder / WEIGHTS) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

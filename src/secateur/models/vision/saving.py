@@ -15,6 +15,7 @@ from secateur.files import write_json
 from secateur.masks.store import FILE_NAME, save_masks
 from secateur.masks.structured import StructuredMask, structure_of
 from secateur.models.attention_heads import QkvAttention
+from secateur.models.channel_sizes import sizes_of
 from secateur.models.state import evaluating
 from secateur.models.vision.loading import FORMAT, MANIFEST, WEIGHTS, VisionModel, load_vision
 from secateur.models.vision.outputs import logits_of
@@ -51,6 +52,7 @@ def save_vision(
         "rewritten": [
             name for name, m in loaded.model.named_modules() if isinstance(m, QkvAttention)
         ],
+        "sizes": sizes_of(loaded.model),
         "input": list(loaded.input),
         "classes": list(loaded.classes),
         "preprocess": None if loaded.preprocess is None else loaded.preprocess.record(),
