@@ -40,7 +40,7 @@ from secateur.kernels import candidate_mix
 from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import load
-from secateur.training.loop import Batch, fit, next_token_loss
+from secateur.training.loop import Batch, fit, make_optimizer, next_token_loss
 from secateur.training.maskllm import LearnedMasks, Learning, bytes_per_weight
 from secateur.training.settings import TrainSettings
 
@@ -62,9 +62,11 @@ LEARNED: dict[str, dict[str, Any]] = {
     "maskllm, a quarter of the steps": {"steps": 0.25},
     "maskllm, a logit a weight": {"logits": "weights"},
     "maskllm, five turns": {"turns": 5},
+    "maskllm, 8-bit moments": {"optimizer": "adamw8bit"},
     "maskllm, momentum only": {"optimizer": "sgd", "lr": 1.0},
 }
 WINDOWS, LENGTH = 1024, 256
+LOGITS = 6 << 18
 
 
 @torch.no_grad()
@@ -175,6 +177,7 @@ def speed(rounds: int) -> dict[str, Any]:
         return run
 
     kernels = alternate({"fused": both(True), "torch": both(False)}, rounds)
+    moments = alternate({k: updated(k) for k in ("adamw", "adamw8bit")}, rounds)
     per_group = {k: spread([s / groups * 1e9 for s in v], 1) for k, v in kernels.items()}
     return {
         "step": {
@@ -185,13 +188,29 @@ def speed(rounds: int) -> dict[str, Any]:
             "nanoseconds_a_group_forward_and_backward": per_group,
             "times_faster": ratio(kernels["torch"], kernels["fused"]),
         },
+        "update_with_moments_in_8_bits": {
+            "times_adamw": ratio(moments["adamw8bit"], moments["adamw"]),
+            "nanoseconds_a_logit": {
+                k: spread([s / LOGITS * 1e9 for s in v], 1) for k, v in moments.items()
+            },
+        },
         "bytes_a_weight": {"logits, gradient, two moments": 24, "kept for backward": 0},
     }
+
+
+def updated(optimizer: Any) -> Callable[[], None]:
+    """One update of as many logits, by that optimizer."""
+    logits = nn.Parameter(torch.randn(LOGITS // 6, 6) * 0.01)
+    made = make_optimizer({"logits": logits}, TrainSettings(optimizer=optimizer))
+    logits.grad = torch.randn_like(logits) * 1e-4
+    made.step()
+    return made.step
 
 
 MEMORY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a logit a pattern": ({}, {}),
     "the same, and the best kept": ({}, {"patience": 9, "validate_every": 1}),
+    "8-bit moments": ({}, {"optimizer": "adamw8bit"}),
     "momentum only": ({}, {"optimizer": "sgd"}),
     "a logit a weight": ({"logits": "weights"}, {}),
 }

@@ -265,3 +265,12 @@ def test_importing_and_help_do_not_import_torch():
 def test_the_version_is_told(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == 0
     assert capsys.readouterr().out == f"secateur {secateur.__version__}\n"
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secateur.run.verifying.verify_run", interrupted)
+    assert main(["verify", str(tmp_path)]) == 130
+    assert "the same command goes on where it stopped" in capsys.readouterr().err

@@ -122,3 +122,17 @@ def test_bfloat16_weights_of_the_same_values_are_the_same(tmp_path):
     masks = masks_of(view)
     save_mask(tmp_path / "a.mask", view, masks, TARGET)
     apply_mask(tiny_model("llama").to(torch.bfloat16).float(), tmp_path / "a.mask")
+
+
+def test_a_damaged_byte_is_told_before_anything_is_zeroed(tmp_path):
+    view = ModelView.of(tiny_model("llama"))
+    size = save_mask(tmp_path / "a.mask", view, masks_of(view), TARGET)
+    data = bytearray((tmp_path / "a.mask").read_bytes())
+    assert len(data) == size
+    data[-50] ^= 1  # of another mask, which is a legal one
+    (tmp_path / "a.mask").write_bytes(data)
+    model = tiny_model("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(SecateurError, match="not those that were written"):
+        apply_mask(model, tmp_path / "a.mask")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

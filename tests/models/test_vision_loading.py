@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,15 @@ def test_efficientnet_lite0_has_its_weights() -> None:
     depthwise = {name for g in groups for name in g.depthwise}
     assert len(depthwise) == 16
     assert [g.key for g in groups.fixed] == ["_fc"]
+
+
+def test_functions_in_the_current_folder_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets_of_mine.py").write_text(
+        "from torch import nn\ndef make(width=2):\n    return nn.Linear(width, 1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    for spec in ("nets_of_mine:make", "nets_of_mine.py:make"):
+        assert load_vision(spec, options={"width": 5}).model.in_features == 5

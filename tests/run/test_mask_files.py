@@ -43,3 +43,25 @@ def test_a_run_without_a_pattern_has_no_mask_file(tmp_path):
     with pytest.raises(UsageError, match="only an N:M mask"):
         make_mask(tmp_path / "run", tmp_path / "a.mask")
     assert not (tmp_path / "a.mask").exists()
+
+
+def test_a_mask_is_made_only_for_the_model_it_was_cut_from(tmp_path):
+    secateur.prune("tiny", method="magnitude", out=tmp_path / "run", **CUT)
+    dense = load("tiny")
+    with torch.no_grad():
+        for parameter in dense.model.parameters():
+            parameter.mul_(1.01)
+    dense.model.save_pretrained(tmp_path / "other")  # another revision, of the same shapes
+    with pytest.raises(UsageError, match="not the model the run was cut from"):
+        make_mask(tmp_path / "run", tmp_path / "a.mask", dense=str(tmp_path / "other"))
+    assert not (tmp_path / "a.mask").exists()
+
+
+def test_a_mask_of_a_model_that_was_in_memory(tmp_path):
+    dense = load("tiny")
+    dense.model.save_pretrained(tmp_path / "dense")
+    made = secateur.prune(
+        load("tiny").model, dense.tokenizer, method="magnitude", out=tmp_path / "run", **CUT
+    )
+    make_mask(tmp_path / "run", tmp_path / "a.mask", dense=str(tmp_path / "dense"))
+    assert all(torch.equal(MaskFile(tmp_path / "a.mask")[n], made.masks[n]) for n in made.masks)

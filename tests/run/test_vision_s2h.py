@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import secateur
 from secateur.errors import UsageError
@@ -52,7 +53,13 @@ def test_a_run_delivers_its_flops_and_says_how_the_widths_went(tmp_path, monkeyp
     assert [heading for heading, _, _ in drawn] == [
         "Widths over the training", "Soft and hard network", "FLOPs against the target",
     ]  # fmt: skip
+    assert "cut" not in report["quality"]  # it is what was delivered
+    assert not report["model"]["trained"]
     page = (tmp_path / "again" / "report.html").read_text()
+    # Accuracy of random weights is nobody's dense accuracy.
+    assert "before training, random weights" in page
+    assert "Both networks give the same answer" not in page
+    assert "Training, widths with it" in page
     assert all(heading in page for heading, _, _ in drawn)
 
 
@@ -86,3 +93,27 @@ def test_what_cannot_be_is_refused_before_any_work(tmp_path, field, changes):
     assert error.value.field == field
     assert error.value.fix
     assert not (tmp_path / "out").exists()
+
+
+class Remembers(nn.Module):
+    """Keeps what it saw last, as networks do to be looked into."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(1, 8, 3), nn.Linear(8, 10)
+        self.seen, self.all = None, []
+
+    def forward(self, x):
+        self.seen = torch.relu(self.conv(x))
+        self.all.append(self.seen)
+        return self.last(self.seen.mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["s2hpruner", "channel-l2"])
+def test_a_network_may_remember_its_activations(method):
+    quick = {"steps": 3, "batch": 8}
+    result = secateur.prune_vision(
+        Remembers(), "digits", method=method, target=0.4, pretraining=quick, training=quick,
+        evaluation={"speed": False},
+    )  # fmt: skip
+    assert result.report["totals"]["delivered"] > 0.3

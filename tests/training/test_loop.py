@@ -55,7 +55,7 @@ def test_rate_rises_then_falls_and_is_never_zero(schedule):
 @pytest.mark.parametrize(
     "change",
     [{"steps": 0}, {"lr": -1.0}, {"batch": 0}, {"warmup": 1.5}, {"clip": -1.0},
-     {"schedule": "wave"}, {"precision": "fp8"}, {"lr": math.nan}],
+     {"schedule": "wave"}, {"precision": "fp8"}, {"lr": math.nan}, {"optimizer": "adam"}],
 )  # fmt: skip
 def test_settings_name_what_is_wrong(change):
     with pytest.raises(UsageError) as caught:

@@ -1,6 +1,7 @@
 """Learned masks: what starts them, what their gradient is, what they find, and that they resume."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -8,14 +9,15 @@ from torch import nn
 
 import secateur
 from secateur.data.windows import Windows
-from secateur.errors import UsageError
+from secateur.errors import MissingExtra, SecateurError, UsageError
 from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
 from secateur.masks.selection import select
 from secateur.masks.target import Cut, Scope, Target
 from secateur.models.anatomy import Matrix, ModelView
 from secateur.models.mask_file import MaskFile
 from secateur.models.tiny import tiny_model, tiny_tokenizer
-from secateur.training.loop import fit
+from secateur.progress import Progress
+from secateur.training.loop import Hook, fit
 from secateur.training.maskllm import Gated, LearnedMasks, Learning, bytes_per_weight, first_logits
 from secateur.training.settings import TrainSettings
 
@@ -184,7 +186,11 @@ def test_wider_groups_keep_n_of_m(pattern, options):
 # -- training ------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_learning_goes_on_as_if_it_had_not_been(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_an_interrupted_learning_goes_on_as_if_it_had_not_been(tmp_path, optimizer):
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+
     def learn(folder, steps_now=None):
         model = tiny_model("llama")
         masks = attached(model)
@@ -198,8 +204,8 @@ def test_an_interrupted_learning_goes_on_as_if_it_had_not_been(tmp_path):
 
             masks.after_step = stop
         fitted = fit(
-            model, Windows(IDS), settings(checkpoint_every=1), loss=masks.loss(), hooks=[masks],
-            folder=folder,
+            model, Windows(IDS), settings(checkpoint_every=1, optimizer=optimizer),
+            loss=masks.loss(), hooks=[masks], folder=folder,
         )  # fmt: skip
         return fitted.losses, masks.moved, masks.detach()
 
@@ -210,6 +216,55 @@ def test_an_interrupted_learning_goes_on_as_if_it_had_not_been(tmp_path):
     assert again[0] == whole[0]
     assert again[1] == whole[1]
     assert all(torch.equal(again[2][name], mask) for name, mask in whole[2].items())
+
+
+def test_moments_in_8_bits_take_two_bytes_a_logit_and_learn_about_the_same():
+    pytest.importorskip("bitsandbytes")
+    held = {}
+
+    class Weigh(Hook):
+        def end(self, at):
+            state = [v for s in at.optimizer.state.values() for v in s.values()]
+            large = [v for v in state if isinstance(v, torch.Tensor) and v.numel() >= 4096]
+            held[at.settings.optimizer] = sum(v.nbytes for v in large)
+
+    def losses(optimizer):
+        model = tiny_model("llama")
+        masks = attached(model)
+        fitted = fit(
+            model, Windows(IDS), settings(optimizer=optimizer), loss=masks.loss(),
+            hooks=[masks, Weigh()],
+        )  # fmt: skip
+        return fitted.losses
+
+    assert losses("adamw8bit") == pytest.approx(losses("adamw"), rel=2e-3)
+    assert held["adamw8bit"] == held["adamw"] / 4
+
+
+def test_moments_in_8_bits_need_their_package_and_say_so_first(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(MissingExtra, match=r"secateur\[bnb\]"):
+        secateur.prune(
+            "tiny", out=tmp_path / "run", **RUN, options={**OPTIONS, "optimizer": "adamw8bit"}
+        )
+    assert not (tmp_path / "run" / "learning.json").exists()
+
+
+def test_a_prior_that_does_not_fit_is_told_before_any_work(tmp_path):
+    stages = []
+
+    class Heard(Progress):
+        def stage(self, label, total=None, unit=""):
+            stages.append(label)
+            return super().stage(label, total, unit)
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "b.mask").write_bytes(b"hello")
+    for prior, error in (("other", "holds no masks"), ("b.mask", "damaged")):
+        how = {**OPTIONS, "prior": str(tmp_path / prior)}
+        with pytest.raises(SecateurError, match=error):
+            secateur.prune("tiny", **RUN, options=how, progress=Heard())
+    assert not any("evaluating" in label for label in stages)
 
 
 def test_recomputing_activations_gives_the_same_gradients():
@@ -244,6 +299,7 @@ def test_memory_is_what_the_paper_counts():
     assert bytes_per_weight(2, 4, Learning()) == 24 + 1
     assert bytes_per_weight(1, 4, Learning()) == 16 + 1
     assert bytes_per_weight(2, 4, Learning(), "sgd") == 18 + 1
+    assert bytes_per_weight(2, 4, Learning(), "adamw8bit") == 12 + 1.5 * 2 * (1 + 4 / 256) + 1
     assert bytes_per_weight(8, 16, Learning()) == 16 + 1
     assert bytes_per_weight(2, 4, Learning(), keep_best=True) == 30 + 1
     assert bytes_per_weight(2, 4, Learning(), keep_best=True, turns=5) == 6 + 1

@@ -35,6 +35,7 @@ COMMANDS = (
     "export",
     "demo",
 )
+INTERRUPTED = 130
 # Commands with commands of their own.
 GROUPS = ("allocate", "mask", "forest", "lottery")
 
@@ -78,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. User errors show no traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = app(arguments, standalone_mode=False)
-        return int(code or 0)
+        code = int(app(arguments, standalone_mode=False) or 0)
+        return _interrupted() if code == INTERRUPTED else code  # typer makes Ctrl-C a code
     except SecateurError as error:
         if "--json" in arguments:
             print(json.dumps(error.record(), ensure_ascii=False))
@@ -101,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _interrupted() -> int:
     print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-    return 130
+    return INTERRUPTED

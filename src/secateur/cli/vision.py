@@ -92,6 +92,8 @@ def run(recipe: Any, out: Path, fresh: bool, as_json: bool) -> None:
 
 def show(report: dict[str, Any], as_json: bool) -> None:
     """The outcome of a vision run, for a person or a machine."""
+    if not report:  # a rank that only helped
+        return
     from secateur.report.vision import stages, verdicts
 
     if as_json:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from secateur.errors import UsageError
 from secateur.masks.target import Target
 from secateur.methods.base import Described, Need
 from secateur.training.maskllm import Learning, Logits
-from secateur.training.settings import TrainSettings
+from secateur.training.settings import Optimizer, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class MaskLLM(Described):
         steps, batch, micro_batch, length: optimizer steps, windows in each, in each forward,
             and tokens in a window (default: the calibration's).
         lr: of the logits; the paper's 5e-4 is for 2,000 steps, fewer want more.
-        optimizer: ``adamw``, or ``sgd`` with momentum, which takes a quarter less memory.
+        optimizer: ``adamw``; ``adamw8bit``, its moments in 8 bits (package bitsandbytes), which
+            learns as well in less memory; or ``sgd`` with momentum.
         weight_decay: on the logits.
         turns: the blocks are learned in so many shares, one after the other, each in its part of
             the steps, while the others are held under their masks: memory for one share only.
@@ -54,7 +54,7 @@ class MaskLLM(Described):
     micro_batch: int | None = None
     length: int | None = None
     lr: float = 2e-3
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     weight_decay: float = 0.1
     turns: int = 1
     alpha: float = 3.0

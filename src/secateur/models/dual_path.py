@@ -24,6 +24,7 @@ from secateur.errors import UsageError
 from secateur.models.attention_heads import narrow_attention
 from secateur.models.channel_graph import ChannelGroup, ChannelGroups
 from secateur.models.channel_surgery import shrink_channels
+from secateur.models.state import forget_graphs
 from secateur.models.units import along, parameters_of
 
 Gates = Mapping[str, Tensor]
@@ -132,6 +133,7 @@ class DualPath:
     @torch.no_grad()
     def _cut_copy(self, kept: Mapping[str, Tensor]) -> nn.Module:
         """A copy of the model whose modules expect sliced parameters."""
+        forget_graphs(self.model)
         shell = copy.deepcopy(self.model)
         shrink_channels(shell, self.groups, {key: ~units.cpu() for key, units in kept.items()})
         return shell.requires_grad_(False)

@@ -2,9 +2,9 @@
 
 ``NAME.mask`` is a safetensors file with, per matrix, its groups' pattern numbers packed to 0.65
 bits a weight for 2:4 (``masks.nm``); any N:M will do, another for each matrix if need be, and
-patterns too many to number are stored as bits. Its header names the patterns, the shapes, and a hash
-of the dense weights each mask was made for: a mask for another revision of a model would fit its
-shapes and silently ruin it.
+patterns too many to number are stored as bits. Its header names the patterns, the shapes, and two
+hashes of each: of the dense weights the mask was made for (one for another revision of a model would
+fit its shapes and silently ruin it), and of the packed numbers (nearly any bytes are a mask).
 
 >>> from secateur.models.tiny import tiny_model
 >>> apply_mask(tiny_model("llama"), "code.mask")  # doctest: +SKIP
@@ -28,12 +28,11 @@ from secateur.masks.nm import (
     encode,
     numbered,
     pack_indices,
-    packed_bytes,
     unpack_indices,
 )
 from secateur.masks.target import Target
 from secateur.models.anatomy import Matrix, ModelView
-from secateur.tensorfile import TensorSpec, TensorWriter, opened
+from secateur.tensorfile import opened, save_tensors
 
 _FORMAT = "secateur.nm-mask.1"
 
@@ -42,7 +41,11 @@ M = TypeVar("M", bound=nn.Module)
 
 def weight_hash(matrix: Matrix) -> str:
     """A hash of a matrix's values, the same in bfloat16 and in float32 that came from it."""
-    data = matrix.tensor().detach().float().cpu().contiguous().numpy()
+    return _hash(matrix.tensor().detach().float())
+
+
+def _hash(tensor: Tensor) -> str:
+    data = tensor.cpu().contiguous().numpy()
     return hashlib.blake2b(data.data, digest_size=8).hexdigest()
 
 
@@ -65,8 +68,7 @@ def save_mask(
         SecateurError: a mask that does not keep exactly N of every M.
     """
     patterns = {n: target if isinstance(target, Target) else target[n] for n in masks}
-    sizes = {n: _size(masks[n].numel(), *_pattern(patterns[n])) for n in masks}
-    packed = {n: TensorSpec(torch.uint8, (size,)) for n, size in sizes.items()}
+    packed = {n: _packed(mask, *_pattern(patterns[n])) for n, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     hashes = {name: weight_hash(view[name]) for name in masks}
     header = {
@@ -74,11 +76,10 @@ def save_mask(
         "patterns": json.dumps({n: str(t) for n, t in patterns.items()}, sort_keys=True),
         "shapes": json.dumps(shapes, sort_keys=True),
         "weights": json.dumps(hashes, sort_keys=True),
+        "packed": json.dumps({n: _hash(data) for n, data in packed.items()}, sort_keys=True),
         "metadata": json.dumps(dict(metadata or {}), sort_keys=True),
     }
-    with TensorWriter(path, packed, header) as writer:
-        for name, mask in masks.items():
-            writer.write(name, _packed(mask, *_pattern(patterns[name])))
+    save_tensors(path, packed, header)
     return Path(path).stat().st_size
 
 
@@ -88,12 +89,6 @@ def _pattern(target: Target) -> tuple[int, int]:
             "only an N:M mask has a mask file", field="sparsity", value=str(target), fix="e.g. 2:4"
         )
     return target.keep, target.group
-
-
-def _size(weights: int, keep: int, group: int) -> int:
-    if not numbered(keep, group):
-        return -(-weights // 8)
-    return packed_bytes(weights // group, keep, group)
 
 
 def _packed(mask: Tensor, keep: int, group: int) -> Tensor:
@@ -145,6 +140,7 @@ class MaskFile(Mapping[str, Tensor]):
                 }
                 self.weights: dict[str, str] = json.loads(header["weights"])
                 self.metadata: dict[str, Any] = json.loads(header["metadata"])
+                self._hashes: dict[str, str] = json.loads(header.get("packed", "{}"))
             except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
                 raise SecateurError(f"'{self.path}' has a damaged header ({error})") from None
             names = set(handle.keys())
@@ -168,6 +164,11 @@ class MaskFile(Mapping[str, Tensor]):
             raise KeyError(name)
         with opened(self.path) as handle:
             packed = handle.get_tensor(name)
+        if self._hashes and self._hashes.get(name) != _hash(packed):
+            raise SecateurError(
+                f"'{self.path}', matrix '{name}': the bytes are not those that were written",
+                fix="copy or make the mask file again",
+            )
         try:
             return _unpacked(packed, self.shapes[name], *_pattern(self.patterns[name]))
         except (SecateurError, RuntimeError, ValueError) as error:
@@ -192,6 +193,7 @@ def apply_mask(model: M, mask: Path | str | MaskFile, *, check: bool = True) -> 
 
     Raises:
         UsageError: a matrix is missing, of another shape, or holds other weights.
+        SecateurError: the file is damaged.
     """
     file = mask if isinstance(mask, MaskFile) else MaskFile(mask)
     matrices = {m.name: m for m in ModelView.of(model).matrices()}
@@ -211,8 +213,9 @@ def apply_mask(model: M, mask: Path | str | MaskFile, *, check: bool = True) -> 
                 field="mask",
                 value=str(file.path),
                 fix="load the dense model anew (a masked one cannot take a second mask), in the "
-                "revision and type it was learned on; or check=False",
+                "revision and type it was learned on; or do not check (check=False, --no-check)",
             )
+        _ = file[name]  # whole, before anything is zeroed
     for name in file:
         matrix = matrices[name]
         matrix.tensor().masked_fill_(file[name].to(matrix.stored.device), 0)

@@ -6,11 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.models.anatomy import text_config
 
 _BORROWED = "use_cache_before"
+
+
+def forget_graphs(model: nn.Module) -> None:
+    """Detach what modules remember of their last forward: a tensor with a graph cannot be copied."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            vars(module)[name] = _without_graph(value)
+            if isinstance(value, list):
+                value[:] = map(_without_graph, value)
+
+
+def _without_graph(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
 
 
 @contextmanager

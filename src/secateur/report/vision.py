@@ -19,6 +19,7 @@ PICTURES: dict[str, str] = {
 }
 """Method -> ``module:function`` that draws what only it has: result -> [(heading, caption, chart)]."""
 
+_RANDOM = "before training, random weights"
 _STAGES = {
     "dense": ("dense", 5),
     "cut": ("after the cut", 4),
@@ -54,7 +55,8 @@ def write_vision_report(result: dict[str, Any], folder: Path | str) -> dict[str,
         },
         "pictures": own_pictures(result),
         "protocol": facts.facts((result["quality"] or {}).get("protocol")),
-        "training": _trained(result["training"]),
+        "training": _trained(result["training"] or result["method"].get("training")),
+        "tuned": result["training"] is not None,
         "pretraining": _trained(result["pretraining"]),
         "machine": facts.facts(result["machine"]),
         "method": facts.facts({k: v for k, v in result["method"].items() if _plain(v)}),
@@ -91,6 +93,8 @@ def headlines(result: dict[str, Any]) -> list[dict[str, str]]:
     if quality:
         before, after = quality["dense"]["accuracy"], quality["pruned"]["accuracy"]
         change = f"dense {before:.2%}, {100 * (after - before):+.2f} points"
+        if not _was_trained(result):
+            change = f"{before:.2%} {_RANDOM}"
         out.append({"label": "accuracy", "value": f"{after:.2%}", "detail": change})
     out.append(
         {
@@ -133,7 +137,11 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, str]]:
     elif reopened:
         out.append(("caution", f"Not opened again: {reopened['why']}."))
     quality = result["quality"]
-    if quality:
+    if quality and not _was_trained(result):
+        out.append(
+            ("plain", "It was trained from random weights: there is no dense network's accuracy.")
+        )
+    elif quality:
         out.append(
             (
                 "plain",
@@ -152,11 +160,17 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, str]]:
 def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Accuracy and loss after each stage there was."""
     quality = result["quality"] or {}
+    start = {} if _was_trained(result) else {"dense": (_RANDOM, 5)}
     return [
         {"name": name, "tone": tone, **quality[key]}
-        for key, (name, tone) in _STAGES.items()
+        for key, (name, tone) in (_STAGES | start).items()
         if quality.get(key)
     ]
+
+
+def _was_trained(result: dict[str, Any]) -> bool:
+    """Whether the network a run began with had learned anything."""
+    return bool(result["model"].get("trained", True))
 
 
 def accuracy_chart(result: dict[str, Any]) -> Markup | None:

@@ -19,7 +19,7 @@ from secateur.allocation.plan import Plan
 from secateur.data.windows import Windows, training_windows
 from secateur.errors import UsageError
 from secateur.masks.selection import select
-from secateur.masks.store import load_masks, save_masks
+from secateur.masks.store import FILE_NAME, MaskStore, load_masks, save_masks
 from secateur.methods import methods
 from secateur.methods.base import Method
 from secateur.methods.maskllm import MaskLLM
@@ -31,6 +31,7 @@ from secateur.run.folder import RunFolder
 from secateur.run.records import module_record
 from secateur.run.session import Session
 from secateur.training.distil import distillation_loss
+from secateur.training.hooks import eight_bit_adamw
 from secateur.training.loop import Batch, Loss, fit, next_token_loss
 from secateur.training.maskllm import LearnedMasks, bytes_per_weight, learnable
 
@@ -47,10 +48,15 @@ def check_learned(session: Session) -> None:
     """Refuse what cannot be learned, before anything is done.
 
     Raises:
-        UsageError: no N:M target, a survivors' update, streamed weights.
+        UsageError: no N:M target, a survivors' update, streamed weights, a prior that does not fit.
+        MissingExtra: what the optimizer needs is not there.
     """
     method = cast(MaskLLM, session.method)
     method.check_target(session.recipe.target)
+    if method.optimizer == "adamw8bit":
+        eight_bit_adamw()
+    if method.prior != "none" and not method.one_shot:
+        _given(session, Path(method.prior))
     if session.update != "none":
         raise UsageError(
             "the weights stay as they are while a mask is learned",
@@ -156,7 +162,8 @@ def _prior(
                 n: m for r in one_shot(earlier, plan, None, evidence) for n, m in r.masks.items()
             }
         else:
-            masks = _given(session, Path(method.prior))
+            stored = _given(session, Path(method.prior))
+            masks = {name: stored[name] for name in session.shapes}
             for matrix in session.view.matrices():
                 matrix.tensor().masked_fill_(masks[matrix.name].to(matrix.stored.device), 0)
         if session.ranks.leads:
@@ -170,18 +177,25 @@ def _prior(
     return masks, record
 
 
-def _given(session: Session, path: Path) -> dict[str, Tensor]:
-    """Masks from a file or a run's folder, for every matrix."""
-    stored: Mapping[str, Tensor] = MaskFile(path) if path.suffix == ".mask" else load_masks(path)
+def _given(session: Session, path: Path) -> MaskFile | MaskStore:
+    """The masks of a file or a run's folder, one for every matrix."""
+    if path.is_dir() and not (path / FILE_NAME).exists():
+        raise UsageError(
+            "holds no masks",
+            field="prior",
+            value=str(path),
+            fix="the folder of a run, or a mask file",
+        )
+    stored = MaskFile(path) if path.suffix == ".mask" else load_masks(path)
     for name, shape in session.shapes.items():
-        if name not in stored or tuple(stored[name].shape) != shape:
+        if stored.shapes.get(name) != shape:
             raise UsageError(
                 f"holds no mask that fits '{name}'",
                 field="prior",
                 value=str(path),
                 fix="a mask of this model, such as another run's folder",
             )
-    return {name: stored[name] for name in session.shapes}
+    return stored
 
 
 def _trained(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.errors import UsageError
@@ -30,11 +31,12 @@ def make_mask(
         dense: the model; by default the one the run's recipe names.
 
     Raises:
-        UsageError: no run; no N:M run; a model of other shapes.
+        UsageError: no run; no N:M run; another model.
     """
     from secateur.run.results import read_result
 
-    recipe = read_result(run)["recipe"]
+    result = read_result(run)
+    recipe = result["recipe"]
     target = Target.parse(recipe["sparsity"])
     masks = load_masks(run)
     loaded = load(dense or recipe["model"], tokenizer=False, trust_remote_code=trust_remote_code)
@@ -48,9 +50,35 @@ def make_mask(
                 value=loaded.name,
                 fix="give the model the run was cut from",
             )
+    if result["model"]["fingerprint"] != loaded.fingerprint and not _cut_from(
+        view, run, masks, result
+    ):
+        raise UsageError(
+            "is not the model the run was cut from, though its shapes are the same",
+            field="dense",
+            value=loaded.name,
+            fix="give that very model, in its revision and type",
+        )
     words = {"model": loaded.fingerprint, "method": recipe["method"]}
     save_mask(out, view, masks, _patterns(target, masks), words)
     return describe(out)
+
+
+def _cut_from(
+    view: ModelView, run: Path, masks: Mapping[str, Tensor], result: dict[str, Any]
+) -> bool:
+    """Whether a model whose files are not those the run names could be the run's all the same.
+
+    What was cut in memory has no files. Where survivors were left as they were they tell.
+    """
+    recipe = result["recipe"]
+    if result["resolved"]["update"] != "none" or recipe.get("recovery"):
+        return bool(recipe["model"] == "given")
+    cut = ModelView.of(load(str(run), tokenizer=False).model, recipe.get("blocks"))
+    return all(
+        torch.equal(cut[name].tensor().float(), view[name].tensor().float().masked_fill(mask, 0))
+        for name, mask in masks.items()
+    )
 
 
 def _patterns(target: Target, masks: Mapping[str, Tensor]) -> dict[str, Target]:

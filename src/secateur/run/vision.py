@@ -6,7 +6,6 @@ killed one stopped. The folder, its lock and its record are those of every other
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from secateur.models.vision.saving import reopen_vision, save_vision
 from secateur.progress import SILENT, Progress
 from secateur.recipe_vision import VisionRecipe
 from secateur.run.folder import RunFolder, writable
+from secateur.run.ranks import Ranks
 from secateur.run.runner import peak_memory
 from secateur.run.vision_results import assemble_vision, publish_vision
 from secateur.run.vision_session import VisionSession, prepare_vision, vision_identity
@@ -79,7 +79,10 @@ def execute_vision(
     progress: Progress = SILENT,
     command: str = "",
 ) -> VisionResult:
-    """Run a recipe on a vision network.
+    """Run a recipe on a vision network, on one process or those of ``torchrun``.
+
+    Several processes share the images of every training step; the first one alone prunes where the
+    method does not train, measures, and writes. The others' report is empty.
 
     Args:
         out: the run's folder; None keeps everything in memory.
@@ -95,30 +98,45 @@ def execute_vision(
     """
     if out is not None:
         writable(out)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise UsageError("vision runs use one process", field="ranks", value=world)
+    ranks = Ranks.from_environment(recipe.device)
+    if ranks.world > 1 and out is None:
+        raise UsageError(
+            "several processes hand their work on in a folder",
+            field="out",
+            value=None,
+            fix="out=DIR",
+        )
     session = prepare_vision(recipe, model, images, tests, progress)
+    for tensor in session.model.state_dict().values():
+        ranks.spread_tensor(0, tensor)  # a network in memory may have been made anew on each
+    session.leads = ranks.leads
     job = _job(session, out)
     session.method.check_job(job)
     with ExitStack() as stack:
         folder = None
         if out is not None:
-            folder = stack.enter_context(RunFolder(out, vision_identity(session), fresh=fresh))
+            if ranks.leads:
+                folder = stack.enter_context(RunFolder(out, vision_identity(session), fresh=fresh))
+            ranks.barrier()
+            folder = folder or RunFolder(out, {}, rank=ranks.rank)
             folder.save_recipe(recipe)
             folder.event("started", model=session.loaded.name, target=recipe.target)
         pretraining = _pretrain(session, folder)
         dense = deepcopy(session.model)
         measured: dict[str, Accuracy | None] = {"dense": _measured(session)}
         with session.timed("pruning"):
-            outcome = _cut(session, job, folder)
+            outcome = _cut(session, job, folder, ranks)
         check_zeros(session.model, outcome.masks)
-        measured["cut"] = _measured(session)
+        if not outcome.trained:
+            measured["cut"] = _measured(session)
         with session.timed("recalibration"):
             if recipe.recalibrate and not outcome.trained:
                 norms = recalibrate_images(session.model, session.train, batches=recipe.recalibrate)
                 measured["recalibrated"] = _measured(session) if norms else None
         training = _tune(session, folder, outcome, dense)
+        if not ranks.leads:
+            ranks.barrier()
+            return _result(session, outcome, {}, out)
         measured["pruned"] = _measured(session)
         peak = peak_memory()
         reopened = None
@@ -140,6 +158,13 @@ def execute_vision(
         if folder is not None:
             publish_vision(report, folder)
             folder.event("finished", delivered=report["totals"]["delivered"])
+        ranks.barrier()
+    return _result(session, outcome, report, out)
+
+
+def _result(
+    session: VisionSession, outcome: VisionOutcome, report: dict[str, Any], out: Path | None
+) -> VisionResult:
     loaded = session.loaded
     loaded.masks = outcome.masks
     return VisionResult(loaded.model, outcome.structure, outcome.masks, report, out, loaded)
@@ -147,7 +172,7 @@ def execute_vision(
 
 def _measured(session: VisionSession) -> Accuracy | None:
     """Accuracy of the network as it is; None where nothing is measured."""
-    if session.test is None or session.recipe.evaluation is None:
+    if session.test is None or session.recipe.evaluation is None or not session.leads:
         return None
     with session.timed("evaluation"), session.progress.stage("evaluating"):
         return accuracy(session.model, session.test, session.recipe.evaluation.batch)
@@ -199,17 +224,28 @@ def _job(session: VisionSession, out: Path | None) -> VisionJob:
     )
 
 
-def _cut(session: VisionSession, job: VisionJob, folder: RunFolder | None) -> VisionOutcome:
-    """Let the method do its work, once for a folder."""
+def _cut(
+    session: VisionSession, job: VisionJob, folder: RunFolder | None, ranks: Ranks
+) -> VisionOutcome:
+    """Let the method do its work, once for a folder; one that does not train, on one process."""
+    if folder is not None and not ranks.leads and not session.method.trains:
+        ranks.barrier()
+        made = load_outcome(folder, session)
+        assert made is not None, "the first process has written it"
+        return made
     if folder is not None:
         done = load_outcome(folder, session)
         if done is not None:
             folder.event("resumed", stage="cut")
+            if not session.method.trains:
+                ranks.barrier()
             return done
     outcome = session.method.prune(job)
     session.model.eval()
     if folder is not None:
         save_outcome(folder, session.model, outcome)
+    if not session.method.trains:
+        ranks.barrier()
     return outcome
 
 

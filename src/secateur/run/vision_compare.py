@@ -18,6 +18,7 @@ from secateur.run.folder import writable
 from secateur.run.results import read_result
 from secateur.run.vision import execute_vision
 from secateur.run.vision_session import vision_method
+from secateur.training.sharding import processes
 
 DENSE = "dense"
 
@@ -48,6 +49,8 @@ def compare_vision(
     """
     if not names or not targets:
         raise UsageError("needs at least one of each", field="methods, target", value=[])
+    if processes() > 1:
+        raise UsageError("comparisons use one process", field="ranks", value=processes())
     if recipe.evaluation is None:
         raise UsageError("a comparison measures accuracy", field="evaluation", value=None)
     cells = {(n, t): _recipe(recipe, method=n, target=t) for n in names for t in targets}
@@ -73,7 +76,7 @@ def compare_vision(
         table[name][target] = {
             "accuracy": quality["pruned"]["accuracy"],
             "stderr": quality["pruned"]["stderr"],
-            "cut": quality["cut"]["accuracy"],
+            "cut": quality.get("cut", quality["pruned"])["accuracy"],  # some cut as they train
             "agreement": quality["agreement"],
             "delivered": result["totals"]["delivered"],
             "kind": result["totals"]["kind"],

@@ -61,6 +61,7 @@ def assemble_vision(
             "name": session.loaded.name,
             "parameters": parameters["after"],
             "fingerprint": session.fingerprint,
+            "trained": session.loaded.trained or pretraining is not None,
             "notes": session.loaded.notes,
         },
         "images": {

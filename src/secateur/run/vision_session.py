@@ -47,6 +47,8 @@ class VisionSession:
     progress: Progress = SILENT
     timing: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    leads: bool = True
+    """Of several processes, the one that measures and writes."""
 
     @property
     def model(self) -> nn.Module:

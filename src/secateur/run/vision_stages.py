@@ -22,7 +22,9 @@ _MASKS = "cut-masks.safetensors"
 
 
 def save_state(folder: RunFolder, name: str, model: nn.Module) -> None:
-    """Write a network's state under ``secateur/``."""
+    """Write a network's state under ``secateur/``, on the first process."""
+    if folder.rank != 0:
+        return
     state = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     save_tensors(folder.inner / name, {n: t.clone() for n, t in state.items()})
 
@@ -38,7 +40,7 @@ def load_state(folder: RunFolder, name: str, model: nn.Module) -> None:
 def save_outcome(folder: RunFolder, model: nn.Module, outcome: VisionOutcome) -> None:
     """Write what a method did; the record, which is last, says that it is done."""
     save_state(folder, CUT, model)
-    if outcome.masks:
+    if outcome.masks and folder.rank == 0:
         save_masks(folder.inner / _MASKS, outcome.masks)
     folder.save(
         "cut.json",

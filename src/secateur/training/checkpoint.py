@@ -44,9 +44,12 @@ def restore_optimizer(
         name, _, key = full.rpartition("#")
         if name in named:
             parameter = named[name]
-            # AdamW counts its steps in a tensor on the CPU; moments lie beside the parameter.
-            place = value if value.ndim == 0 else alike(value, parameter)
-            optimizer.state[parameter][key] = place.clone()
+            if value.ndim == 0:
+                # AdamW counts its steps in a float32 tensor on the CPU; float64 was a number.
+                number = value.dtype is torch.float64
+                optimizer.state[parameter][key] = int(value) if number else value.clone()
+            else:  # moments lie beside the parameter
+                optimizer.state[parameter][key] = alike(value, parameter).clone()
 
 
 def save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.data.batches import Batch, ImageBatch
+from secateur.errors import MissingExtra
 from secateur.models.vision.outputs import logits_of
 from secateur.training import checkpoint
 from secateur.training.settings import TrainSettings
@@ -172,7 +174,11 @@ def make_optimizer(
     settings: TrainSettings,
     options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over ``named``; ``options`` may give a parameter ``lr_scale`` and others."""
+    """The settings' optimizer over ``named``; ``options`` may give a parameter ``lr_scale`` and others.
+
+    Raises:
+        MissingExtra: moments in 8 bits, and bitsandbytes is not there.
+    """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named.items():
         own: dict[str, Any] = {
@@ -181,6 +187,31 @@ def make_optimizer(
         own |= {"lr_scale": 1.0} | dict(options(name, parameter) if options else {})
         group = groups.setdefault(json.dumps(own, sort_keys=True), {**own, "params": []})
         group["params"].append(parameter)
+    if settings.optimizer == "adamw8bit":
+        kind: Any = eight_bit_adamw()
+        made: torch.optim.Optimizer = kind(
+            list(groups.values()), lr=settings.lr, betas=settings.betas
+        )
+        return made
     if settings.optimizer == "sgd":
         return torch.optim.SGD(list(groups.values()), lr=settings.lr, momentum=settings.momentum)
     return torch.optim.AdamW(list(groups.values()), lr=settings.lr, betas=settings.betas)
+
+
+def eight_bit_adamw() -> type:
+    """AdamW whose moments are 8-bit codes with a scale for every 256 (Dettmers et al., ICLR 2022).
+
+    Raises:
+        MissingExtra: bitsandbytes is not there.
+    """
+    log = logging.getLogger("bitsandbytes")
+    before = log.level
+    log.setLevel(logging.ERROR)  # it warns of kernels that have no part in this
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise MissingExtra("bitsandbytes", "bnb", "optimizer adamw8bit") from error
+    finally:
+        log.setLevel(before)
+    kind: type = AdamW8bit
+    return kind

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.data.images import ImageSet
 from secateur.errors import UsageError, VerificationError
+from secateur.models.state import forget_graphs
 from secateur.progress import SILENT, Progress
 from secateur.training.batchnorm import KeptBuffers, recalibrate
 from secateur.training.hooks import Fitted, Hook, Loss, Training, classification_loss
@@ -97,6 +98,7 @@ def fit_images(
         )
     finally:
         model.eval()
+        forget_graphs(model)
         for parameter in model.parameters():
             parameter.grad = None
     check_zeros(model, masks or {})

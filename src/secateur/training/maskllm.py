@@ -35,6 +35,7 @@ from secateur.models.discovery import is_linear
 from secateur.training.held_masks import Held
 from secateur.training.hooks import autocasted
 from secateur.training.loop import Batch, Hook, Loss, Training, next_token_loss
+from secateur.training.settings import Optimizer
 
 Logits = Literal["auto", "patterns", "weights"]
 ENUMERATED = 70
@@ -445,17 +446,19 @@ def bytes_per_weight(
     keep: int,
     group: int,
     options: Learning,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
     *,
     keep_best: bool = False,
     turns: int = 1,
 ) -> float:
     """Bytes that learning takes for each masked weight, beyond the frozen model's.
 
-    Logits, their gradient, and the optimizer's two moments (one for ``sgd``), in float32, and
-    the best logits so far; noise and mixtures are made again instead of kept. Every mask that
-    something starts from or is held under is a byte. In ``turns`` only one share has logits.
+    Logits, their gradient, and the optimizer's two moments (one for ``sgd``), in float32
+    (``adamw8bit``: in a byte, and a scale for every 256), and the best logits so far; noise and
+    mixtures are made again instead of kept. Every mask that something starts from or is held
+    under is a byte. In ``turns`` only one share has logits.
     """
     per_group = options.mixture(keep, group).logits_per_group
-    copies = (4 if optimizer == "adamw" else 3) + keep_best
-    return per_group / group * 4 * copies / turns + 1
+    moments = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "sgd": 4.0}[optimizer]
+    a_logit = 4 + 4 + moments + 4 * keep_best
+    return per_group / group * a_logit / turns + 1

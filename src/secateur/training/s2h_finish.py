@@ -20,6 +20,7 @@ from secateur.data.batches import Data, ImageBatch
 from secateur.masks.structured import StructuredMask
 from secateur.models.channel_graph import ChannelGroups
 from secateur.models.channel_surgery import shrink_channels
+from secateur.models.state import forget_graphs
 from secateur.models.vision.outputs import logits_of
 from secateur.progress import SILENT, Progress
 from secateur.training.batchnorm import KeptBuffers, recalibrate
@@ -73,6 +74,7 @@ def learn_widths(
         identity={"s2hpruner": asdict(options), **(identity or {})},
         progress=progress, label="learning widths",
     )  # fmt: skip
+    forget_graphs(model)
     widths.rank()
     return widths, fitted.record()
 

@@ -10,6 +10,7 @@ from secateur.errors import UsageError
 
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
+Optimizer = Literal["adamw", "adamw8bit", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TrainSettings:
         warmup: share of the steps in which the rate rises to ``lr``.
         schedule: how it falls afterwards (``constant``: it does not).
         floor: share of ``lr`` that it falls to.
+        optimizer: ``adamw8bit`` holds both moments in 8 bits (package bitsandbytes); ``sgd`` holds
+            one, the momentum.
         weight_decay: AdamW's, on matrices only (norms, biases and scales are not decayed).
         momentum: of ``sgd``.
         clip: largest norm of the gradient; None: not clipped.
@@ -44,7 +47,7 @@ class TrainSettings:
     warmup: float = 0.1
     schedule: Schedule = "linear"
     floor: float = 0.0
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9
@@ -71,7 +74,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"must lie in [{low:g}, {high:g}]", field=name, value=value)
-        for name, kind in (("schedule", Schedule), ("precision", Precision)):
+        kinds = {"schedule": Schedule, "precision": Precision, "optimizer": Optimizer}
+        for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(
                     f"one of {', '.join(get_args(kind))}", field=name, value=getattr(self, name)

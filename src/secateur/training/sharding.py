@@ -35,7 +35,8 @@ def refuse_unshardable(settings: TrainSettings, validates: bool, prefix: str = "
         prefix: of the settings' names, as the user wrote them.
 
     Raises:
-        UsageError: a batch that the processes do not divide, early stopping, float16.
+        UsageError: a batch that the processes do not divide, early stopping, float16, moments
+            in 8 bits.
     """
     world = processes()
     if settings.batch % world:
@@ -51,6 +52,13 @@ def refuse_unshardable(settings: TrainSettings, validates: bool, prefix: str = "
             field=f"{prefix}shard",
             value=True,
             fix="patience: null",
+        )
+    if settings.optimizer == "adamw8bit":
+        raise UsageError(
+            "moments in 8 bits are not sharded",
+            field=f"{prefix}optimizer",
+            value=settings.optimizer,
+            fix="adamw",
         )
     if settings.precision == "fp16":
         raise UsageError(

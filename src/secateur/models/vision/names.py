@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,16 @@ def is_vision(spec: str) -> bool:
 
 
 def factory(spec: str) -> Callable[..., Any] | None:
-    """The function ``package.module:name`` names, None if there is no such module."""
+    """The function ``package.module:name`` names, None if there is no such module.
+
+    Modules of the current folder are found too, last of all; ``net.py:make`` is ``net:make``.
+    """
     module, _, attribute = spec.partition(":")
+    module = module.removesuffix(".py")
     if not all(part.isidentifier() for part in module.split(".")) or not attribute.isidentifier():
         return None
+    if str(Path.cwd()) not in sys.path:  # it is not there where 'secateur' is a script
+        sys.path.append(str(Path.cwd()))
     try:
         if importlib.util.find_spec(module) is None:
             return None
