@@ -277,10 +277,11 @@ def main() -> None:
         }
         for name, row in figures.items():
             print(f"{name}: {row['held']:.1f} bytes a weight, stated {row['stated']:g}")
-        finish("maskllm_memory", {"bytes_a_masked_weight": figures}, given.json)
+        path = given.json or RESULTS / "maskllm_memory.json"
+        finish("maskllm", {"bytes_a_masked_weight": figures}, path)
         return
     if given.speed:
-        finish("maskllm_speed", speed(given.rounds), given.json)
+        finish("maskllm", speed(given.rounds), given.json or RESULTS / "maskllm_speed.json")
         return
     record = grid(given.seeds, given.steps, given.names)
     for name, row in record["table"].items():
