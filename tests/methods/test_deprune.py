@@ -15,6 +15,7 @@ from secateur.methods.deprune_latency import Latency, input_shapes
 from secateur.methods.vision_base import VisionJob, VisionTarget
 from secateur.models.channel_graph import channel_groups
 from secateur.models.channel_surgery import mask_channels
+from secateur.models.inference import inference_copy
 from secateur.models.vision.efficientnet_lite import EfficientNetLite0
 from secateur.models.vision.mobilenet import MobileNet
 from tests.models.test_dead_channels import lively
@@ -203,3 +204,114 @@ def test_a_multiplier_has_taps_of_its_own():
     with torch.no_grad():
         assert torch.allclose(model(x), before(x), atol=1e-4)
     assert outcome.record["taps"] == 64 * 9
+
+
+class Standardised(nn.Conv2d):
+    """As in NFNets: a tap that is zero is not zero when it is used."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Shifted(nn.Conv2d):
+    """As for TensorFlow's weights: it pads by itself."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+def replaced(make):
+    """A network, its second depth-wise layer (of 48 channels) made by ``make``."""
+    model = lively(MobileNet(width=8))
+    old = model.blocks[1].depthwise
+    padding = 0 if make is Shifted else 1
+    model.blocks[1].depthwise = make(
+        old.in_channels, old.out_channels, 3, old.stride, padding, groups=old.groups, bias=False
+    )
+    return model
+
+
+@pytest.mark.parametrize("variant", ["b", "bh"])
+def test_layers_whose_weights_are_computed_keep_their_taps(variant):
+    weighted = lambda *a, **k: nn.utils.parametrizations.weight_norm(nn.Conv2d(*a, **k))  # noqa: E731
+    for make in (Standardised, weighted):
+        model = replaced(make)
+        job = job_of(model, 0.8)
+        outcome = DEPrune(variant=variant, pw=0.0, fold=False).prune(job)
+        assert "blocks.1.depthwise.weight" not in outcome.masks
+        assert len(outcome.masks) == 4
+        assert "blocks.1.depthwise" in job.notes[0]
+    alone = nn.Sequential(
+        nn.Conv2d(1, 4, 1), Standardised(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1)
+    ).eval()
+    with pytest.raises(UsageError, match="computes its"):
+        DEPrune().prune(job_of(alone, 0.5))
+
+
+def test_layers_that_cannot_be_lists_are_pruned_and_not_timed():
+    model = replaced(Shifted)
+    x = torch.randn(2, 1, 28, 28)
+    outcome = DEPrune(variant="bh", pw=0.0).prune(job_of(model, 0.8))
+    assert "blocks.1.depthwise.weight" in outcome.masks
+    assert not any(row[0] == "blocks.1.depthwise" for row in outcome.record["latency"]["rows"])
+    with torch.no_grad():
+        fast = inference_copy(model, outcome.masks, x)
+        assert torch.allclose(fast(x), model(x), atol=1e-4)
+
+
+def test_a_layer_that_does_not_run_counts_for_nothing():
+    model = lively(MobileNet(width=8))
+    model.spare = nn.Conv2d(512, 512, 3, groups=512)
+    outcome = DEPrune(pw=0.0).prune(job_of(model, 0.8))
+    assert "spare.weight" not in outcome.masks
+    assert outcome.delivered == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("variant", ["dcp", "b", "bh", "weight", "fours"])
+def test_no_layer_loses_all_its_taps(variant, net):
+    model = copy.deepcopy(net)
+    outcome = DEPrune(variant=variant, pw=0.0, fold=False, measure=False).prune(
+        job_of(model, 0.9999)
+    )
+    assert len(outcome.masks) == 5
+    assert not any(bool(mask.all()) for mask in outcome.masks.values())
+
+
+def test_a_squeeze_is_no_projection_even_at_one_pixel():
+    model = MobileNet(gate=True).eval()
+    groups = channel_groups(model, torch.zeros(1, 1, 28, 28))
+    small = channel_groups(model, torch.zeros(1, 1, 4, 4))  # the last blocks work on one pixel
+    assert [g.key for g in projections(model, small)] == [g.key for g in projections(model, groups)]
+
+
+def test_an_expansion_behind_the_depthwise_layer_counts():
+    class Block(nn.Module):
+        """As in ConvNeXt: what it writes is added to what the depth-wise layer read."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.dw = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.fc1, self.fc2 = nn.Conv2d(8, 24, 1), nn.Conv2d(24, 8, 1)
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.fc2(torch.relu(self.fc1(self.dw(x)))))
+
+    model = Block().eval()
+    groups = channel_groups(model, torch.zeros(1, 1, 9, 9))
+    assert [g.key for g in projections(model, groups)] == ["fc1"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("variant", ["b", "bh"])
+def test_on_a_device(variant, net):
+    model, x = copy.deepcopy(net).to("cuda"), torch.randn(2, 1, 28, 28)
+    outcome = DEPrune(variant=variant).prune(job_of(model, 0.8))
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).cpu()(x)
+        assert torch.allclose(model(x.to("cuda")).cpu(), wanted, atol=1e-3)
+        fast = inference_copy(model, outcome.masks, x.to("cuda"))
+        assert torch.allclose(fast(x.to("cuda")).cpu(), wanted, atol=1e-2)

@@ -304,3 +304,33 @@ def test_our_attention_takes_what_timm_gives() -> None:
     torch.testing.assert_close(ours(x, attn_mask=seen), wanted)
     torch.testing.assert_close(ours(x, is_causal=True), wanted)
     assert not torch.allclose(ours(x), wanted)
+
+
+def test_standardised_weights_keep_their_channels() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = F.batch_norm(self.weight.reshape(1, 12, -1), None, None, training=True)
+            return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+    groups = channel_groups(Net(Standardised(12, 12, 1)).eval(), torch.randn(1, 3, 6, 6))
+    assert "computed" in groups["stem"].reason
+    assert not groups.prunable
+    weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 12, 1))
+    groups = channel_groups(Net(weighted).eval(), torch.randn(1, 3, 6, 6))
+    assert "computed" in groups["stem"].reason
+
+
+def test_rounding_that_is_blown_up_refuses_nothing() -> None:
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(70, 70, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y + 3 * (1e7 * y.sum((2, 3), keepdim=True)).sin()
+
+    torch.manual_seed(0)
+    model, example = Net(Steep(), 70, 70).eval(), torch.randn(1, 3, 6, 6)
+    groups = check_groups(model, channel_groups(model, example), example)
+    assert [g.key for g in groups.fixed] == ["head"]

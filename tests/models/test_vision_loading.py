@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,35 @@ def test_timm_is_asked_for_plainly() -> None:
             load_vision("timm:resnet18")
     else:
         assert load_vision("timm:resnet18", options={"pretrained": False}).input == (3, 224, 224)
+
+
+def test_timm_networks_are_made_for_the_images(monkeypatch: Any) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def create_model(name: str, **options: Any) -> nn.Module:
+        asked.append(options)
+        model = nn.Conv2d(options.get("in_chans", 3), options.get("num_classes", 1000), 1)
+        model.pretrained_cfg = {"input_size": (3, 192, 192), "mean": (0.4, 0.5, 0.6)}
+        return model
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    sizes = {"channels": 1, "classes": 10, "size": 8}
+    fresh = load_vision("timm:some", options={"pretrained": False}, **sizes)
+    assert asked[-1] == {"in_chans": 1, "num_classes": 10, "pretrained": False}
+    assert not fresh.trained
+    assert fresh.preprocess is None  # the images' business
+    again = load_vision("timm:some", options={"pretrained": False}, **sizes, seed=0)
+    other = load_vision("timm:some", options={"pretrained": False}, **sizes, seed=1)
+    assert fresh.fingerprint == again.fingerprint != other.fingerprint
+    whole = load_vision("timm:some", **sizes)
+    assert asked[-1] == {"pretrained": True}
+    assert whole.input == (3, 192, 192)
+    assert whole.preprocess is not None
+    assert whole.preprocess.mean == (102.0, 127.5, 153.0)
+    grey = load_vision("timm:some", options={"in_chans": 1, "img_size": 64}, **sizes)
+    assert grey.input == (1, 64, 64)
+    assert grey.preprocess is not None
+    assert grey.preprocess.mean == (127.5,)
 
 
 def test_damaged_folders_are_told(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -135,3 +136,14 @@ def test_standalone_carries_its_colours() -> None:
     svg = charts.standalone(charts.bar_chart([Bar("a", 1)], title="t"))
     tree(svg)
     assert "--green" in svg
+
+
+def test_marks_of_points_that_lie_close_do_not_run_into_each_other() -> None:
+    points = [Series("a", [(0.304, 1.0), (0.509, 0.5)]), Series("b", [(0.308, 0.9), (0.503, 0.4)])]
+    svg = charts.line_chart(
+        points, title="t", x_label="x", y_label="y", x_text=lambda x: f"{x:.0%}"
+    )
+    marks = [t for t in tree(svg).iter(f"{SVG}text") if (t.text or "").endswith("%")]
+    places = sorted(float(t.get("x", "nan")) for t in marks)
+    assert len(places) >= 2
+    assert all(right - left >= 36 for left, right in pairwise(places))

@@ -59,8 +59,14 @@ def test_a_run_delivers_its_flops_and_says_how_the_widths_went(tmp_path, monkeyp
     # Accuracy of random weights is nobody's dense accuracy.
     assert "before training, random weights" in page
     assert "Both networks give the same answer" not in page
-    assert "Training, widths with it" in page
+    assert "Training of weights and widths" in page
     assert all(heading in page for heading, _, _ in drawn)
+
+
+def test_a_training_too_short_for_its_widths_is_told():
+    report = prune(training={"steps": 6, "batch": 32}, target=0.6).report
+    assert report["method"]["frozen_from"] > 0.6
+    assert any("without a look at images" in note for note in report["notes"])
 
 
 def test_plain_mask_training_has_no_gap_to_draw():

@@ -62,7 +62,7 @@ class Fake:
 
     def __init__(self, net, step=6, steps=12):
         self.step, self.settings, self.model = step, settings(steps=steps), net
-        self.accelerator = type("Accelerator", (), {"num_processes": 1})
+        self.accelerator = type("Accelerator", (), {"num_processes": 1, "scaler": None})
         self.done = step / steps
 
 
@@ -427,6 +427,26 @@ def test_sharded_weights_are_refused():
     at.accelerator = type("Accelerator", (), {"num_processes": 2})
     with pytest.raises(UsageError, match="whole weights"):
         widths.begin(at)
+
+
+def test_a_loss_that_was_scaled_too_high_leaves_the_masks_alone():
+    net, images = small_net(), some_images()
+    widths = LearnedWidths(net, groups_of(net), Learning(flops=0.5))
+    scale = types.SimpleNamespace(get_scale=lambda: 2.0)
+    at, before = Fake(net), {k: u.detach().clone() for k, u in widths.logits.items()}
+    for scaler in (scale, None):
+        at.accelerator.scaler = scaler
+        widths.before_forward(at)
+        widths.loss()(net, images.batch(range(8))).backward()
+        for u in widths.logits.values():
+            u.grad.fill_(math.inf)
+        widths.after_backward(at)
+        if scaler is not None:
+            widths.after_step(at)
+            assert all(torch.equal(u, before[k]) for k, u in widths.logits.items())
+            assert all(u.grad is None for u in widths.logits.values())
+    with pytest.raises(NumericsError, match="mask is not finite"):
+        widths.after_step(at)
 
 
 def test_broken_logits_stop_the_training_and_leave_the_model_as_it_was():

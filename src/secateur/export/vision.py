@@ -77,7 +77,12 @@ def export_image_onnx(loaded: VisionModel, out: Path) -> dict[str, Any]:
 def export_state(loaded: VisionModel, out: Path) -> dict[str, Any]:
     """Write ``out`` (.safetensors) with the tensors by their names, masked weights as zeros."""
     if out.suffix != ".safetensors":
-        raise UsageError("a state dict is written as safetensors", field="out", value=str(out))
+        raise UsageError(
+            "a state dict is written as safetensors",
+            field="out",
+            value=str(out),
+            fix=f"--out {Path(out).with_suffix('.safetensors')}",
+        )
     state = {n: t.detach().cpu().contiguous().clone() for n, t in loaded.model.state_dict().items()}
     save_tensors(out, state)
     with opened(out) as file:

@@ -144,7 +144,7 @@ def layer_counts(
     counts only show that it was not the same everywhere.
 
     Args:
-        layers: ``uniform``: the same share, rounded, in each. ``global``: by one threshold on
+        layers: ``uniform``: the same share, rounded, in each, one tap left. ``global``: by one threshold on
             |w| over the layer's root mean square. ``raw``: by one threshold on |w|.
     """
     if not 0 <= ratio < 1:
@@ -153,7 +153,7 @@ def layer_counts(
     for name, score in scores.items():
         refuse_nan(score, name)
     if layers == "uniform":
-        return {name: round(ratio * score.numel()) for name, score in scores.items()}
+        return {n: min(round(ratio * s.numel()), s.numel() - 1) for n, s in scores.items()}
     if layers == "global":
         scores = {n: s / s.square().mean().sqrt().clamp_min(1e-30) for n, s in scores.items()}
     line = torch.cat([score.reshape(-1) for score in scores.values()])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur.allocation.channels import lowest_units
 from secateur.errors import UsageError
-from secateur.kernels.depthwise import is_depthwise
+from secateur.kernels.depthwise import can_list, is_depthwise
 from secateur.masks import depthwise as choices
 from secateur.methods.channel_norms import Norm, filter_scores, unit_filters
 from secateur.methods.deprune_latency import Latency, input_shapes
@@ -43,16 +43,38 @@ def depthwise_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
     }
 
 
+def prunable_layers(
+    model: nn.Module, groups: ChannelGroups
+) -> tuple[dict[str, nn.Conv2d], list[str]]:
+    """Depth-wise layers whose taps can go, and names of those whose cannot.
+
+    A tap that is zeroed is gone only where the layer ran, and convolved with its own weight: not
+    with one that is standardised or computed otherwise first.
+    """
+    ran = {cost.name for cost in groups.layers if cost.kind == "depthwise"}
+    layers = depthwise_layers(model)
+    return {n: c for n, c in layers.items() if n in ran}, [n for n in layers if n not in ran]
+
+
 def projections(model: nn.Module, groups: ChannelGroups) -> list[ChannelGroup]:
     """Groups whose channels are filters of PW2 layers, and of nothing else.
 
     A PW2 is a dense 1x1 convolution that reads the channels of a depth-wise layer at its
-    resolution (a squeeze reads them too, but at 1x1). The group also has the other layers that
-    are added to it; one that a depth-wise layer works in is left alone, as each of its channels
-    is a depth-wise channel.
+    resolution. A squeeze reads them too, mostly at 1x1, and what it writes goes back into them.
+    The group also has the other layers that are added to it; one that a depth-wise layer works
+    in is left alone, as each of its channels is a depth-wise channel.
     """
     layers = depthwise_layers(model)
     found = set()
+    gates = {
+        writer
+        for group in groups
+        if group.depthwise
+        for inner in groups
+        if inner.consumers and set(inner.consumers) <= set(group.producers)
+        for writer in inner.producers
+        if writer in group.consumers and tuple(groups.shapes[writer][2:]) == (1, 1)
+    }
     for group in groups:
         mine = [name for name in group.depthwise if name in layers]
         if not mine:
@@ -64,7 +86,9 @@ def projections(model: nn.Module, groups: ChannelGroups) -> list[ChannelGroup]:
             if dense and module.kernel_size == (1, 1) and groups.shapes[name][2:] in sizes:
                 found.add(name)
     return [
-        g for g in groups.prunable if not g.depthwise and found & set(g.producers) and g.n_units > 1
+        g
+        for g in groups.prunable
+        if not g.depthwise and (found - gates) & set(g.producers) and g.n_units > 1
     ]
 
 
@@ -108,18 +132,25 @@ class DEPrune(VisionMethod):
     @torch.no_grad()
     def prune(self, job: VisionJob) -> VisionOutcome:
         """See ``VisionMethod``."""
-        layers = depthwise_layers(job.model)
+        layers, others = prunable_layers(job.model, job.groups)
         if not layers:
             raise UsageError(
-                "the network has no depth-wise convolutions",
+                "the network has no depth-wise convolutions of two dimensions"
+                + (f" with weights of their own ({others[0]} computes its)" if others else ""),
                 field="method",
                 value=self.name,
                 fix="use channel-l2 or s2hpruner for it",
             )
-        latency = Latency(job.model, input_shapes(job.model, job.example), self.measure)
+        if others:
+            job.notes.append(
+                f"{len(others)} depth-wise layers did not run, or not with their own weights, and "
+                f"keep all taps: {', '.join(others[:4])}"
+            )
+        example = job.example.to(job.device)
+        latency = Latency(job.model, input_shapes(job.model, example), self.measure)
         scores, widths = self._filters(job, latency)
         gone = lowest_units(scores, widths)
-        largest = max(layers, key=lambda n: layers[n].weight.numel())
+        largest = max(layers, key=lambda n: (can_list(layers[n]), layers[n].weight.numel()))
         rows: list[dict[str, Any]] = []
         if self.variant == "channel":
             masks: dict[str, Tensor] = {}
@@ -134,7 +165,7 @@ class DEPrune(VisionMethod):
             rows += [_row(name, masks[f"{name}.weight"]) for name in layers]
         folded = 0
         if self.fold and masks:
-            dead = fold_dead_channels(job.model, job.groups, masks, job.example, job.at_least)
+            dead = fold_dead_channels(job.model, job.groups, masks, example, job.at_least)
             folded = sum(int(units.sum()) for units in dead.values())
             gone |= dead
         silent = sum(
@@ -179,7 +210,9 @@ class DEPrune(VisionMethod):
         if self.variant in ("dcp", "weight"):
             return {f"{n}.weight": choices.dcp(w, counts[n], n) for n, w in weights.items()}
         sizes = {name: weight[0].numel() for name, weight in weights.items()}
-        kept = {n: choices.columns(sizes[n], counts[n] / weights[n].numel()) for n in weights}
+        kept = {
+            n: max(1, choices.columns(sizes[n], counts[n] / weights[n].numel())) for n in weights
+        }
         if self.variant == "bh":
             names = list(weights)
             aligned = choices.recalibrate(

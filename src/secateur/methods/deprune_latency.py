@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.kernels.depthwise import Taps, backends, depthwise
+from secateur.kernels.depthwise import Taps, backends, can_list, depthwise
 from secateur.masks.depthwise import CHANNELS, balanced, staircase
 
 _ROUNDS = 15
@@ -45,11 +45,16 @@ class Latency:
         return "measured" if self.measure and self._can_measure() else "model"
 
     def columns(self, layer: str, kept: int) -> float:
-        """Seconds of a depth-wise layer whose ranges keep so many columns."""
+        """Seconds of a depth-wise layer whose ranges keep so many columns.
+
+        A layer that cannot run on tap lists takes as long whatever it keeps: 0 for every width.
+        """
         conv = self.model.get_submodule(layer)
         assert isinstance(conv, nn.Conv2d)
         if self.source == "model":
             return staircase(1.0, 1.0)(0, kept)
+        if not can_list(conv):
+            return 0.0
 
         def prepare() -> Callable[[], object]:
             x = torch.randn(self.inputs[layer], device=conv.weight.device)
@@ -60,7 +65,7 @@ class Latency:
 
     def curve(self, layer: str) -> list[tuple[int, float]]:
         """(columns, seconds) of one layer from nothing gone to nearly all, where it is measured."""
-        if self.source == "model":
+        if self.source == "model" or not can_list(self.model.get_submodule(layer)):
             return []
         full = CHANNELS * self.model.get_parameter(f"{layer}.weight")[0].numel()
         step = max(CHANNELS // 2, full // _POINTS // 16 * 16)

@@ -140,6 +140,12 @@ class S2HPruner(VisionMethod):
                 f"FLOPs are {record['flops']:.3f} of the dense network's, "
                 f"{record['target']:.3f} was asked for: no width that is one step away is nearer"
             )
+        frozen = record["frozen_from"]
+        if frozen is not None and abs(frozen - record["target"]) > 2 * record["relax"]:
+            job.notes.append(
+                f"FLOPs were at {frozen:.3f} when the masks were frozen, and were brought to the target "
+                "without a look at images: more steps, or a higher lr of the masks, make widths better"
+            )
         some = [batch.to(job.device) for batch in job.images.sample(MEASURED)]
         pixels = [batch.pixels for batch in some]
         gap = measure_gap(widths, pixels, some)

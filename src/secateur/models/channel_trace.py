@@ -141,7 +141,9 @@ class Trace:
         if name is None or not tensor.is_floating_point() or tensor.numel() == 1:
             return None
         if name not in self.loose:
-            if tensor.numel() > _MOST_ELEMENTS:
+            owner = self.modules.get(name.rpartition(".")[0])
+            standardised = isinstance(owner, nn.modules.conv._ConvNd) and tensor.dim() > 2
+            if standardised or tensor.numel() > _MOST_ELEMENTS:
                 return None
             self.loose[name] = self.atoms.fresh(tensor.numel()).view(tensor.shape)
         return self.loose[name]
@@ -382,7 +384,10 @@ class _Follow(TorchFunctionMode):
             results = [call.out] if isinstance(call.out, Tensor) else call.out
             found = [free(r.shape) if isinstance(r, Tensor) else None for r in results]
             return found[0] if isinstance(call.out, Tensor) else found
-        trace.lost(call.name, known)
+        if not all(
+            map(trace.only_parameter, known)
+        ):  # else a weight that is computed: no channels yet
+            trace.lost(call.name, known)
         return None
 
 

@@ -185,7 +185,7 @@ def _noisy(index: Tensor, generator: torch.Generator) -> Callable[..., Any]:
 def _watch(name: str, seen: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any) -> None:
         line = args[0].movedim(_channels(module), 0).flatten(1)
-        low, high = line.amin(1), line.amax(1)
+        low, high = line.amin(1).cpu(), line.amax(1).cpu()
         if name in seen:
             low, high = torch.minimum(low, seen[name][0]), torch.maximum(high, seen[name][1])
         seen[name] = low, high

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -162,7 +163,8 @@ def line_chart(
         canvas.line(left, at_y(tick), right, at_y(tick), "grid")
         canvas.text(left - 8, at_y(tick) + 4, y_text(tick), "tick", "end")
     places = sorted({x for x, _ in spots})
-    if len(places) > 8:
+    crowded = any(at_x(b) - at_x(a) < 36 for a, b in pairwise(places))
+    if len(places) > 8 or crowded:
         places = ticks(left_x, right_x, max(3, int((right - left) // 90)))
     for tick in places:
         canvas.text(at_x(tick), bottom + 18, x_text(tick), "tick", "middle")

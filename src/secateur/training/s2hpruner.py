@@ -85,6 +85,8 @@ class LearnedWidths(Hook):
         self._gap: dict[str, Tensor] = {}
         self._fused: dict[str, Tensor] = {}
         self._broken = ""
+        self.frozen_from = math.nan
+        """F/F_all when the masks were frozen, before FLOPs alone moved them."""
 
     # -- the masks as they are -------------------------------------------------------------------
 
@@ -230,6 +232,12 @@ class LearnedWidths(Hook):
         self._broken = next(
             (k for part in (task, gap) for k, g in part.items() if not torch.isfinite(g).all()), ""
         )
+        scaler = at.accelerator.scaler
+        if self._broken and scaler is not None and scaler.get_scale() > 1:
+            self._broken = (
+                ""  # float16's loss was scaled too high: the loop leaves the step out too
+            )
+            return
         flops, share = self._flops_gradient()
         self._fused = fuse(
             task, gap, flops, pressure(share, self.options.flops, self.options.relax),
@@ -268,9 +276,11 @@ class LearnedWidths(Hook):
                 u, speed = self.logits[key], self.speed[key]
                 speed.mul_(self.options.momentum).add_(gradient + self.options.weight_decay * u)
                 self._move(u, rate * speed)
-                u.grad = None
             if at.done >= 1 - self.options.freeze:
+                self.frozen_from = self.flops_share()
                 self.settle()
+        for u in self.logits.values():
+            u.grad = None
         self._gap, self._fused, self._counted = {}, {}, 0
         if at.step % max(1, at.settings.steps // 100) == 0 or at.step == at.settings.steps:
             self._note(at)
@@ -379,7 +389,8 @@ class LearnedWidths(Hook):
         out |= {f"order/{k}": o.clone() for k, o in self.order.items()}
         history = torch.tensor(self.history, dtype=torch.float64)
         out["history"] = history.reshape(-1, len(WATCHED) + len(self.widths))
-        return out | {"seen": self.seen.clone()}
+        frozen = torch.tensor(self.frozen_from, dtype=torch.float64)
+        return out | {"seen": self.seen.clone(), "frozen_from": frozen}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor], at: Training) -> None:
@@ -389,6 +400,7 @@ class LearnedWidths(Hook):
             self.speed[key].copy_(state[f"speed/{key}"])
         self.order = {k: state[f"order/{k}"] for k in self.widths if f"order/{k}" in state}
         self.history, self.seen = state["history"].tolist(), state["seen"].clone()
+        self.frozen_from = float(state["frozen_from"])
 
     def record(self) -> dict[str, Any]:
         """For JSON: the widths, the FLOPs they cost, and the way there."""
@@ -398,6 +410,7 @@ class LearnedWidths(Hook):
             "target": self.options.flops,
             "relax": self.options.relax,
             "within": abs(share - self.options.flops) <= self.options.relax,
+            "frozen_from": None if math.isnan(self.frozen_from) else self.frozen_from,
             "widths": {k: [n, int(self.widths[k][-1])] for k, n in chosen.items()},
             "history": {
                 "columns": [*WATCHED, *self.widths],

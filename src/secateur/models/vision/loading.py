@@ -108,7 +108,8 @@ def load_vision(
         source = {"kind": "zoo", "name": text, "options": given}
         return VisionModel(_built(source, seed), text, source, trained=False)
     if text.startswith("timm:"):
-        return _timm(text.removeprefix("timm:"), given)
+        made_for = {"in_chans": channels, "num_classes": classes}
+        return _timm(text.removeprefix("timm:"), given, made_for, seed)
     if ":" in text:
         source = {"kind": "factory", "name": text, "options": given}
         return VisionModel(_built(source, seed), text, source)
@@ -135,7 +136,7 @@ def _built(source: Mapping[str, Any], seed: int = 0) -> nn.Module:
     """The network a record names, with random weights of ``seed``."""
     name, options = str(source["name"]), dict(source["options"])
     if source["kind"] == "timm":
-        return _make_timm(name, options | {"pretrained": False})
+        return _make_timm(name, options | {"pretrained": False}, seed)
     make = factory(ZOO[name] if source["kind"] == "zoo" else name)
     if make is None:
         raise UsageError(
@@ -159,7 +160,7 @@ def _built(source: Mapping[str, Any], seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def _make_timm(name: str, options: dict[str, Any]) -> nn.Module:
+def _make_timm(name: str, options: dict[str, Any], seed: int = 0) -> nn.Module:
     try:
         import timm
     except Exception as error:  # an install without torchvision's operators raises what it likes
@@ -170,7 +171,9 @@ def _make_timm(name: str, options: dict[str, Any]) -> nn.Module:
             fix="pip install timm, with the torchvision that fits your torch",
         ) from None
     try:
-        model: nn.Module = timm.create_model(name, **options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: nn.Module = timm.create_model(name, **options)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         raise UsageError(
             f"timm cannot make it ({error})", field="model", value=f"timm:{name}"
@@ -178,19 +181,29 @@ def _make_timm(name: str, options: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def _timm(name: str, options: dict[str, Any]) -> VisionModel:
+def _timm(
+    name: str, options: dict[str, Any], made_for: Mapping[str, int | None], seed: int
+) -> VisionModel:
+    """One of timm's with its weights and scaling; without weights made for the images at hand."""
     weights = bool(options.pop("pretrained", True))
-    model = _make_timm(name, options | {"pretrained": weights})
+    if not weights:
+        options = {k: v for k, v in made_for.items() if v is not None} | options
+    model = _make_timm(name, options | {"pretrained": weights}, seed)
+    source = {"kind": "timm", "name": name, "options": options}
+    if not weights:
+        return VisionModel(model, f"timm:{name}", source, trained=False)
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    shape = tuple(config.get("input_size") or (3, 224, 224))
+    _, *sides = config.get("input_size") or (3, 224, 224)
+    shape = (int(options.get("in_chans", 3)), *(int(side) for side in sides))
     mean, std = config.get("mean", (0.485, 0.456, 0.406)), config.get("std", (0.229, 0.224, 0.225))
-    side = int(shape[-1])
+    if len(mean) != shape[0]:  # as timm averages the weights of the first layer
+        mean, std = ((sum(line) / len(line),) * shape[0] for line in (mean, std))
+    side = int(options.get("img_size", shape[-1]))
     resize = int(side / float(config.get("crop_pct") or 0.875))
     how = Preprocess(
         tuple(round(255 * m, 4) for m in mean), tuple(round(255 * s, 4) for s in std), resize, side
     )
-    source = {"kind": "timm", "name": name, "options": options}
-    return VisionModel(model, f"timm:{name}", source, weights, how, shape)
+    return VisionModel(model, f"timm:{name}", source, True, how, (shape[0], side, side))
 
 
 # -- folders of ours -------------------------------------------------------------------------------
