@@ -146,6 +146,20 @@ def test_empty_and_damaged_folders(tmp_path: Path) -> None:
         decode(tmp_path / "small.png", 3, Preprocess(crop=8))
 
 
+def test_sixteen_bits_are_scaled_to_bytes_and_floats_refused(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    deep = np.array([[0, 257, 32768, 65535]] * 2, dtype=np.uint16)
+    for name, array in (("deep.png", deep), ("deep.tif", deep.astype(np.int32))):
+        image.fromarray(array).save(tmp_path / name)
+        for channels in (1, 3):
+            pixels = decode(tmp_path / name, channels, Preprocess())
+            assert pixels.shape[0] == channels
+            assert pixels[0, 0].tolist() == [0, 1, 127, 255]
+    image.fromarray(deep.astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(SecateurError, match="mode F"):
+        decode(tmp_path / "f.tif", 1, Preprocess())
+
+
 def test_resizing_keeps_the_shape_and_the_centre(tmp_path: Path) -> None:
     picture(tmp_path / "wide.png", 100, 30, 10)
     pixels = decode(tmp_path / "wide.png", 3, Preprocess(resize=20, crop=16))

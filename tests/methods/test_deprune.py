@@ -285,6 +285,25 @@ def test_a_squeeze_is_no_projection_even_at_one_pixel():
     assert [g.key for g in projections(model, small)] == [g.key for g in projections(model, groups)]
 
 
+def test_an_expansion_behind_the_depthwise_layer_counts():
+    class Block(nn.Module):
+        """As in ConvNeXt: what it writes is added to what the depth-wise layer read."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.dw = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.fc1, self.fc2 = nn.Conv2d(8, 24, 1), nn.Conv2d(24, 8, 1)
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.fc2(torch.relu(self.fc1(self.dw(x)))))
+
+    model = Block().eval()
+    groups = channel_groups(model, torch.zeros(1, 1, 9, 9))
+    assert [g.key for g in projections(model, groups)] == ["fc1"]
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("variant", ["b", "bh"])

@@ -342,6 +342,7 @@ def test_the_command_line_speaks_of_accuracy(dense: Path, tmp_path: Path, capsys
         (["prune", str(dense), "--images", "digits", "--quality", "best", "-o", out], "quality"),
         (["prune", "tiny", "--target", "30%", "-o", out], "target"),
         (["export", out, "--format", "gguf", "-o", target], "format"),
+        (["export", out, "--format", "state-dict", "-o", str(tmp_path / "w.pt")], "out"),
         (["eval", "resnet", "--images", "digits"], "model"),
         (["eval", out], "model"),
         (["recover", out, "-o", str(tmp_path / "no")], "model"),

@@ -40,7 +40,7 @@ def decode(path: Path, channels: int, how: Preprocess) -> Tensor:
     method = Image.Resampling[how.filter.upper()]
     try:
         with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
+            image = _in_bytes(file).convert("L" if channels == 1 else "RGB")
     except (OSError, UnidentifiedImageError, ValueError) as error:
         raise SecateurError(
             f"'{path}' cannot be read as an image: {error}", fix="replace it, or take it away"
@@ -60,6 +60,22 @@ def decode(path: Path, channels: int, how: Preprocess) -> Tensor:
     array = np.asarray(image)
     array = array[:, :, None] if array.ndim == 2 else array
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+
+def _in_bytes(image: Any) -> Any:
+    """A grey image of 16 bits made one of 8: Pillow would make all but its darkest pixels white.
+
+    Raises:
+        ValueError: floats, or more than 16 bits, whose scale nobody knows.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its pixels are of mode {image.mode}, neither bytes nor 16 bits")
+    from PIL import Image
+
+    return Image.fromarray((values // 257).astype(np.uint8))
 
 
 def augmentation(name: str, height: int, width: int) -> Augment | None:

@@ -73,7 +73,7 @@ def projections(model: nn.Module, groups: ChannelGroups) -> list[ChannelGroup]:
         for inner in groups
         if inner.consumers and set(inner.consumers) <= set(group.producers)
         for writer in inner.producers
-        if writer in group.consumers
+        if writer in group.consumers and tuple(groups.shapes[writer][2:]) == (1, 1)
     }
     for group in groups:
         mine = [name for name in group.depthwise if name in layers]
