@@ -8,10 +8,8 @@
     B (n, tile) gathered from the input (never stored). n is padded to a multiple of 32, so time is
     a staircase in n: this is what balance and recalibration are for.
 
-No machine with a CUDA device was at hand when this was written: neither kernel has ever run on
-one. Their logic is tested with Triton's interpreter where Triton is installed. ``depthwise_cuda``
-believes no expectation: for each shape it measures both and torch (planes and channels last) and
-takes the fastest.
+``depthwise_cuda`` believes no expectation: for each shape it measures both, with tiles of several
+sizes, and torch (planes and channels last) and takes the fastest.
 """
 
 from __future__ import annotations
@@ -30,6 +28,8 @@ from secateur.masks.depthwise import CHANNELS
 
 Form = Literal["direct", "gather", "torch", "torch channels last"]
 FORMS: tuple[Form, ...] = ("direct", "gather", "torch", "torch channels last")
+BLOCKS: dict[Form, tuple[int, ...]] = {"direct": (64, 256, 1024), "gather": (32, 64, 128)}
+"""Outputs of a tile that are tried."""
 _STEP = 32  # columns of one product
 
 
@@ -55,26 +55,28 @@ def depthwise_cuda(x: Tensor, taps: Taps, form: Form | None = None) -> Tensor:
         form: None: whichever was fastest for this shape when it was first met.
     """
     x = x.detach()
-    chosen = form or _fastest(x, taps)
-    return _run(x, taps, chosen)
+    if form is None:
+        return _run(x, taps, *_fastest(x, taps))
+    return _run(x, taps, form, BLOCKS.get(form, (0,))[0])
 
 
-def measured(taps: Taps, x: Tensor) -> dict[str, float]:
-    """Seconds of every form for this input, from the choice made for it."""
+def measured(taps: Taps, x: Tensor) -> dict[tuple[Form, int], float]:
+    """Seconds of every form and size of tile for this input, from the choice made for it."""
     _fastest(x, taps)
-    found: dict[str, float] = _memory(taps)["seconds", tuple(x.shape), x.dtype]
+    found: dict[tuple[Form, int], float] = _memory(taps)["seconds", tuple(x.shape), x.dtype]
     return found
 
 
-def _fastest(x: Tensor, taps: Taps) -> Form:
+def _fastest(x: Tensor, taps: Taps) -> tuple[Form, int]:
     memory = _memory(taps)
     key = tuple(x.shape), x.dtype
     if key not in memory:
-        seconds = {form: _seconds(lambda f=form: _run(x, taps, f)) for form in FORMS}  # type: ignore[misc]
+        ways = [(form, block) for form in FORMS for block in BLOCKS.get(form, (0,))]
+        seconds = {way: _seconds(lambda way=way: _run(x, taps, *way)) for way in ways}  # type: ignore[misc]
         memory["seconds", *key] = seconds
-        memory[key] = min(seconds, key=lambda f: seconds[f])
-    form: Form = memory[key]
-    return form
+        memory[key] = min(seconds, key=lambda way: seconds[way])
+    way: tuple[Form, int] = memory[key]
+    return way
 
 
 def _seconds(work: Callable[[], Tensor], rounds: int = 20) -> float:
@@ -89,11 +91,11 @@ def _seconds(work: Callable[[], Tensor], rounds: int = 20) -> float:
     return float(start.elapsed_time(stop)) / rounds / 1e3
 
 
-def _run(x: Tensor, taps: Taps, form: Form) -> Tensor:
+def _run(x: Tensor, taps: Taps, form: Form, block: int) -> Tensor:
     if form == "direct":
-        return direct(x, taps)
+        return direct(x, taps, block)
     if form == "gather":
-        return gather(x, taps)
+        return gather(x, taps, block)
     weight, bias = _placed(taps, x)["dense"]
     top, bottom, left, right = taps.padding
     if form == "torch channels last":
