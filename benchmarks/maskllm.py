@@ -38,10 +38,13 @@ from secateur.data.windows import Windows
 from secateur.files import write_json
 from secateur.kernels import candidate_mix
 from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
+from secateur.masks.selection import select
+from secateur.masks.target import Cut, Scope, Target
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import load
 from secateur.training.loop import Batch, fit, make_optimizer, next_token_loss
-from secateur.training.maskllm import LearnedMasks, Learning, bytes_per_weight
+from secateur.training.mask_logits import Learning, bytes_per_weight
+from secateur.training.maskllm import LearnedMasks
 from secateur.training.settings import TrainSettings
 
 ONE_SHOT: dict[str, dict[str, Any]] = {
@@ -60,6 +63,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "maskllm, kappa 1": {"kappa": (1.0, 1.0)},
     "maskllm, kappa 1e5": {"kappa": (1e5, 1e5)},
     "maskllm, a quarter of the steps": {"steps": 0.25},
+    "maskllm, four candidates": {"candidates": 4},
     "maskllm, a logit a weight": {"logits": "weights"},
     "maskllm, five turns": {"turns": 5},
     "maskllm, 8-bit moments": {"optimizer": "adamw8bit"},
@@ -212,6 +216,7 @@ MEMORY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the same, and the best kept": ({}, {"patience": 9, "validate_every": 1}),
     "8-bit moments": ({}, {"optimizer": "adamw8bit"}),
     "momentum only": ({}, {"optimizer": "sgd"}),
+    "four candidates": ({"candidates": 4}, {}),
     "a logit a weight": ({"logits": "weights"}, {}),
 }
 
@@ -234,8 +239,12 @@ def held(name: str) -> dict[str, float]:
     next_token_loss(model, Batch(data.ids[:1]))
     forget_peak()
     before = memory("VmRSS")
+    options, prior = Learning(**learning), None
+    if options.candidates is not None:
+        cuts = {m.name: Cut.of(m.shape, Target.parse("2:4"), Scope("row")) for m in view.matrices()}
+        prior = {m.name: select(m.tensor().abs(), cuts[m.name]) for m in view.matrices()}
     with TemporaryDirectory() as folder, LearnedMasks.attach(
-        view, patterns, Learning(**learning)
+        view, patterns, options, prior
     ) as masks:  # fmt: skip
         looks = iter((3.0, 2.0, 1.0))
         fit(
@@ -248,7 +257,7 @@ def held(name: str) -> dict[str, float]:
         "stated": bytes_per_weight(
             2,
             4,
-            Learning(**learning),
+            options,
             settings.optimizer,
             keep_best=settings.patience is not None,
         ),

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from secateur.kernels import _candidate_compiled, candidate_mix
-from secateur.kernels.candidate_mix import CandidateMix, Draw, gumbel, key_of, probabilities
+from secateur.kernels.candidate_mix import (
+    CandidateMix,
+    Draw,
+    gumbel,
+    key_of,
+    likeliest,
+    probabilities,
+)
 from secateur.kernels.soft_top import SoftTop, relaxed_top
 
 PATTERNS = [(2, 4), (1, 4), (4, 8), (1, 2)]
@@ -23,6 +30,72 @@ def case(mix, groups=700, seed=0):
     logits = torch.randn(groups, mix.logits_per_group, generator=generator) * 0.01
     weight = torch.randn(groups, mix.group, generator=generator)
     return weight, logits, torch.randn(groups, mix.group, generator=generator)
+
+
+def some_of(keep, group, count, groups=700, seed=0):
+    """A choice among the ``count`` patterns nearest to the largest weights."""
+    weight = torch.randn(groups, group, generator=torch.Generator().manual_seed(seed + 1))
+    mask = torch.ones(groups, group, dtype=torch.bool)
+    mask.scatter_(-1, weight.abs().topk(keep).indices, False)
+    return CandidateMix(keep, group, likeliest(keep, group, weight, mask, count)), weight, mask
+
+
+CHOICES = [(2, 4, 4), (2, 4, 6), (4, 8, 8), (2, 16, 5)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_likeliest_patterns_are_ranked_by_overlap_then_by_size(choice):
+    mix, weight, mask = some_of(*choice)
+    assert mix.index.dtype is torch.uint8
+    chosen = mix.patterns[mix.index.long()]
+    assert torch.equal(chosen[:, 0], ~mask)
+    for own, w, gone, number in zip(chosen[:50], weight, mask, mix.index.long(), strict=False):
+
+        def rank(pattern, w=w, gone=gone):
+            return int((pattern & ~gone).sum()), float(w[pattern].double().abs().sum())
+
+        every = sorted(((rank(p), -i) for i, p in enumerate(mix.patterns)), reverse=True)
+        assert [rank(p) for p in own] == [r for r, _ in every[: len(own)]]
+        assert len(set(number.tolist())) == len(own)
+
+
+def test_equal_patterns_are_ranked_by_number_whatever_the_chunk(monkeypatch):
+    weight = torch.ones(9, 8, dtype=torch.bfloat16)
+    mask = torch.tensor([False] * 4 + [True] * 4).repeat(9, 1)
+    whole = likeliest(4, 8, weight, mask, 20)
+    assert whole[0, 1:17].tolist() == sorted(whole[0, 1:17].tolist())
+    monkeypatch.setattr(candidate_mix, "_CHUNK", 100)
+    assert torch.equal(likeliest(4, 8, weight, mask, 20), whole)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_choice_is_all_patterns_with_the_others_ruled_out(choice, draw, compiled, monkeypatch):
+    if compiled:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(candidate_mix, "_compiled", lambda: None)
+        monkeypatch.setattr(candidate_mix, "_CHUNK", 9999)
+    mix, _, mask = some_of(*choice)
+    weight, logits, grad = case(mix)
+    ours = mix.masked(weight, logits, draw), *mix.backward(weight, logits, grad, -0.3, draw)
+    # All patterns, with the noise of the slots put into the logits: of one and the same draw.
+    scores = logits.clone()
+    if draw.key is not None:
+        scores += gumbel(0, tuple(logits.shape), draw.key) / draw.kappa
+    number = mix.index.long()
+    full = CandidateMix(*choice[:2])
+    all_logits = torch.full((len(logits), full.logits_per_group), float("-inf"))
+    all_logits.scatter_(-1, number, scores)
+    still = Draw(None, draw.kappa, draw.tau)
+    monkeypatch.setattr(candidate_mix, "_compiled", lambda: None)
+    d_all, masked = full.backward(weight, all_logits, grad, -0.3, still)
+    for got, wanted in zip(ours, (masked, d_all.gather(-1, number), masked), strict=True):
+        assert float((got - wanted).abs().max()) <= 2e-4 * float(wanted.abs().max())
+    assert torch.allclose(mix.prior(mask), full.prior(mask).gather(-1, number))
+    kept = full.choose(torch.full_like(all_logits, -1e9).scatter(-1, number, logits))
+    assert torch.equal(mix.choose(logits), kept)
 
 
 @pytest.mark.parametrize("kind", [CandidateMix, SoftTop])
@@ -55,8 +128,10 @@ def test_generated_and_plain_forms_agree(torch_only, monkeypatch):
     # Made for GPUs; the same functions compiled for the CPU say whether they are right.
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    mix = CandidateMix(2, 4)
-    for draw, groups in zip(DRAWS, (700, 1500, 700), strict=True):
+    sizes = (700, 1500, 700)
+    all_of_them = [CandidateMix(2, 4)] * 3
+    some = [some_of(2, 4, 4, groups)[0] for groups in sizes]
+    for mix, draw, groups in zip(all_of_them + some, DRAWS * 2, sizes * 2, strict=True):
         weight, logits, grad = case(mix, groups)
         plain = mix.masked(weight, logits, draw), *mix.backward(weight, logits, grad, -0.3, draw)
         with monkeypatch.context() as patch:

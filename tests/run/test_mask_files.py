@@ -38,6 +38,19 @@ def test_a_runs_mask_travels_alone(tmp_path, capsys):
     assert not (tmp_path / "twice").exists()
 
 
+def test_the_masks_are_in_the_folder_when_it_gets_its_name(tmp_path, monkeypatch):
+    secateur.prune("tiny", method="magnitude", out=tmp_path / "run", **CUT)
+    make_mask(tmp_path / "run", tmp_path / "a.mask")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secateur.run.mask_files.save_masks", killed)
+    with pytest.raises(KeyboardInterrupt):
+        apply_to_folder("tiny", tmp_path / "a.mask", tmp_path / "sparse")
+    assert not (tmp_path / "sparse").exists()
+
+
 def test_a_run_without_a_pattern_has_no_mask_file(tmp_path):
     secateur.prune("tiny", method="magnitude", out=tmp_path / "run", **{**CUT, "sparsity": 0.5})
     with pytest.raises(UsageError, match="only an N:M mask"):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from maskllm_cases import IDS, TARGET, attached, magnitude_masks, settings
 from torch import nn
 
 import secateur
@@ -12,52 +13,16 @@ from secateur.data.windows import Windows
 from secateur.errors import MissingExtra, SecateurError, UsageError
 from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
 from secateur.masks.selection import select
-from secateur.masks.target import Cut, Scope, Target
-from secateur.models.anatomy import Matrix, ModelView
+from secateur.masks.target import Cut, Scope
+from secateur.models.anatomy import ModelView
 from secateur.models.mask_file import MaskFile
 from secateur.models.tiny import tiny_model, tiny_tokenizer
 from secateur.progress import Progress
-from secateur.training.loop import Hook, fit
-from secateur.training.maskllm import Gated, LearnedMasks, Learning, bytes_per_weight, first_logits
-from secateur.training.settings import TrainSettings
+from secateur.training.loop import fit
+from secateur.training.mask_logits import Learning
+from secateur.training.maskllm import Gated, LearnedMasks
 
-IDS = torch.randint(4, 260, (24, 24), generator=torch.Generator().manual_seed(5))
-TARGET = Target.parse("2:4")
-
-
-def magnitude_masks(view):
-    cut = {m.name: Cut.of(m.shape, TARGET, Scope("row")) for m in view.matrices()}
-    return {m.name: select(m.tensor().abs(), cut[m.name]) for m in view.matrices()}
-
-
-def attached(model, options=None, prior=None, pattern=(2, 4)):
-    view = ModelView.of(model)
-    patterns = {m.name: pattern for m in view.matrices()}
-    return LearnedMasks.attach(view, patterns, options or Learning(), prior)
-
-
-def settings(**changes):
-    return TrainSettings(
-        **{"steps": 6, "lr": 5e-3, "batch": 4, "schedule": "cosine", "warmup": 0.0, **changes}
-    )
-
-
-# -- the start ---------------------------------------------------------------------------------
-
-
-def test_the_prior_is_the_likeliest_mask_of_945_groups_in_a_thousand():
-    matrix = Matrix("w", nn.Linear(1024, 1024, bias=False))
-    mix = CandidateMix(2, 4)
-    mask = select(matrix.tensor().abs(), Cut.of(matrix.shape, TARGET, Scope("row")))
-    generator = torch.Generator().manual_seed(0)
-    shares = {}
-    for alpha in (3.0, 5.0, 0.0):
-        logits = first_logits(matrix, mix, Learning(alpha=alpha), mask, generator)
-        chosen = mix.choose(logits).view_as(mask)
-        shares[alpha] = 1 - float((chosen != mask).view(-1, 4).any(-1).float().mean())
-    assert abs(shares[3.0] - 0.945) < 0.003
-    assert shares[5.0] > 0.998
-    assert abs(shares[0.0] - 1 / 6) < 0.005
+# -- on a model --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -186,14 +151,16 @@ def test_wider_groups_keep_n_of_m(pattern, options):
 # -- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("candidates", [None, 3])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_an_interrupted_learning_goes_on_as_if_it_had_not_been(tmp_path, optimizer):
+def test_an_interrupted_learning_goes_on_as_if_it_had_not_been(tmp_path, optimizer, candidates):
     if optimizer == "adamw8bit":
         pytest.importorskip("bitsandbytes")
 
     def learn(folder, steps_now=None):
         model = tiny_model("llama")
-        masks = attached(model)
+        prior = magnitude_masks(ModelView.of(model)) if candidates else None
+        masks = attached(model, Learning(candidates=candidates), prior)
         if steps_now is not None:
             step = type(masks).after_step
 
@@ -218,29 +185,6 @@ def test_an_interrupted_learning_goes_on_as_if_it_had_not_been(tmp_path, optimiz
     assert all(torch.equal(again[2][name], mask) for name, mask in whole[2].items())
 
 
-def test_moments_in_8_bits_take_two_bytes_a_logit_and_learn_about_the_same():
-    pytest.importorskip("bitsandbytes")
-    held = {}
-
-    class Weigh(Hook):
-        def end(self, at):
-            state = [v for s in at.optimizer.state.values() for v in s.values()]
-            large = [v for v in state if isinstance(v, torch.Tensor) and v.numel() >= 4096]
-            held[at.settings.optimizer] = sum(v.nbytes for v in large)
-
-    def losses(optimizer):
-        model = tiny_model("llama")
-        masks = attached(model)
-        fitted = fit(
-            model, Windows(IDS), settings(optimizer=optimizer), loss=masks.loss(),
-            hooks=[masks, Weigh()],
-        )  # fmt: skip
-        return fitted.losses
-
-    assert losses("adamw8bit") == pytest.approx(losses("adamw"), rel=2e-3)
-    assert held["adamw8bit"] == held["adamw"] / 4
-
-
 def test_moments_in_8_bits_need_their_package_and_say_so_first(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(MissingExtra, match=r"secateur\[bnb\]"):
@@ -250,7 +194,7 @@ def test_moments_in_8_bits_need_their_package_and_say_so_first(monkeypatch, tmp_
     assert not (tmp_path / "run" / "learning.json").exists()
 
 
-def test_a_prior_that_does_not_fit_is_told_before_any_work(tmp_path):
+def test_what_does_not_fit_is_told_before_any_work(tmp_path):
     stages = []
 
     class Heard(Progress):
@@ -264,6 +208,10 @@ def test_a_prior_that_does_not_fit_is_told_before_any_work(tmp_path):
         how = {**OPTIONS, "prior": str(tmp_path / prior)}
         with pytest.raises(SecateurError, match=error):
             secateur.prune("tiny", **RUN, options=how, progress=Heard())
+    for change, error in (({"candidates": 7}, "6 patterns"), ({"logits": "patterns"}, "12870")):
+        how = {**RUN, "sparsity": "2:4" if "candidates" in change else "8:16"}
+        with pytest.raises(UsageError, match=error):
+            secateur.prune("tiny", **how, options=OPTIONS | change, progress=Heard())
     assert not any("evaluating" in label for label in stages)
 
 
@@ -294,22 +242,13 @@ def test_the_teacher_is_the_dense_model_and_leaves_the_logits_trainable():
     assert all(m.mask_logits.requires_grad for m in masks.modules.values())
 
 
-def test_memory_is_what_the_paper_counts():
-    # Beside the byte of the mask that is started from.
-    assert bytes_per_weight(2, 4, Learning()) == 24 + 1
-    assert bytes_per_weight(1, 4, Learning()) == 16 + 1
-    assert bytes_per_weight(2, 4, Learning(), "sgd") == 18 + 1
-    assert bytes_per_weight(2, 4, Learning(), "adamw8bit") == 12 + 1.5 * 2 * (1 + 4 / 256) + 1
-    assert bytes_per_weight(8, 16, Learning()) == 16 + 1
-    assert bytes_per_weight(2, 4, Learning(), keep_best=True) == 30 + 1
-    assert bytes_per_weight(2, 4, Learning(), keep_best=True, turns=5) == 6 + 1
-
-
+@pytest.mark.parametrize("candidates", [None, 4])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_learning_in_half_precision_is_about_the_same(family):
+def test_learning_in_half_precision_is_about_the_same(family, candidates):
     def losses(precision):
         model = tiny_model(family)
-        masks = attached(model)
+        prior = magnitude_masks(ModelView.of(model)) if candidates else None
+        masks = attached(model, Learning(candidates=candidates), prior)
         how = settings(precision=precision, steps=3, micro_batch=2)
         return fit(model, Windows(IDS), how, loss=masks.loss(), hooks=[masks]).losses
 
@@ -380,6 +319,30 @@ def test_blocks_are_learned_in_turns(tmp_path, monkeypatch):
     assert all(torch.equal(again.masks[n], mask) for n, mask in result.masks.items())
 
 
+def test_a_choice_of_candidates_is_learned_in_turns_and_goes_on(tmp_path, monkeypatch):
+    options = OPTIONS | {"prior": "magnitude", "steps": 6, "turns": 2, "lr": 5e-2, "candidates": 3}
+    prior = secateur.prune("tiny", **{**RUN, "method": "magnitude"}).masks
+    first = secateur.prune("tiny", options=options, out=tmp_path / "run", **RUN)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.run.learned.save_mask", killed)  # just after the last step
+        with pytest.raises(KeyboardInterrupt):
+            secateur.prune("tiny", options=options, out=tmp_path / "cut", **RUN)
+    again = secateur.prune("tiny", options=options, out=tmp_path / "cut", **RUN)
+    assert all(torch.equal(again.masks[n], mask) for n, mask in first.masks.items())
+    learning = first.report["learning"]
+    assert again.report["learning"]["losses"] == learning["losses"]
+    assert learning["changed"] > 0
+    assert learning["bytes_per_weight"] == 0.75 * (20 + 1) / 2 + 1
+    for name, mask in first.masks.items():
+        kept, wanted = ~mask.view(-1, 4), ~prior[name].view(-1, 4)
+        assert bool((kept.sum(-1) == 2).all())
+        assert bool((kept & wanted).any(-1).all())  # of the six never the prior's opposite
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_a_held_mask_is_the_masked_model_and_passes_gradients(family):
     torch.manual_seed(1)
@@ -446,6 +409,11 @@ def test_fused_experts_are_masked_though_not_learned():
         ({"options": {"turns": 9}}, "turns"),
         ({"options": {"turns": 2, "prior": "none"}}, "turns"),
         ({"options": {"logits": "patterns"}, "sparsity": "8:16"}, "logits"),
+        ({"options": {"candidates": 1}}, "candidates"),
+        ({"options": {"candidates": 7}}, "candidates"),
+        ({"options": {"candidates": 8}, "sparsity": "8:16"}, "candidates"),
+        ({"options": {"candidates": 4, "prior": "none"}}, "candidates"),
+        ({"options": {"candidates": 4, "logits": "weights"}}, "candidates"),
         ({"sparsity": "5:9"}, "sparsity"),
     ],
 )

@@ -33,21 +33,23 @@ def _mixed(y: Tensor, table: Tensor) -> Tensor:
 
 
 def masked(
-    weight: Tensor, logits: Tensor, table: Tensor, key: Tensor, heat: Tensor, noisy: bool
-) -> Tensor:
+    weight: Tensor, logits: Tensor, table: Tensor, index: Tensor | None, key: Tensor, heat: Tensor,
+    noisy: bool,
+) -> Tensor:  # fmt: skip
     """``W * M~``; ``key`` int64 (2,), ``heat`` = (kappa, tau) float32."""
     y = softened(logits, key if noisy else None, heat[0], heat[1])
-    return weight * _mixed(y, table)
+    return weight * _mixed(y, table if index is None else table[index.long()])
 
 
 def backward(
-    weight: Tensor, logits: Tensor, grad: Tensor, square: Tensor, table: Tensor, key: Tensor,
-    heat: Tensor, noisy: bool,
+    weight: Tensor, logits: Tensor, grad: Tensor, square: Tensor, table: Tensor,
+    index: Tensor | None, key: Tensor, heat: Tensor, noisy: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``CandidateMix.backward``."""
     y = softened(logits, key if noisy else None, heat[0], heat[1])
-    out = weight * _mixed(y, table)
-    u = _mixed((grad.float() + 2 * square * out) * weight, table.T)
+    own = table if index is None else table[index.long()]
+    out = weight * _mixed(y, own)
+    u = _mixed((grad.float() + 2 * square * out) * weight, own.mT)
     return heat[0] / heat[1] * y * (u - (u * y).sum(-1, keepdim=True)), out
 
 

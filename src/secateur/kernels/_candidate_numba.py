@@ -116,11 +116,31 @@ def _softmax(
             y[g * patterns + k] *= share
 
 
+@numba.njit(inline="always")
+def _number(index, g, k):
+    """Row of the table that slot ``k`` of group ``g`` stands for; without an ``index`` it is k."""
+    if index is None:
+        return k
+    return index[g, k]
+
+
+@numba.njit(inline="always")
+def _mixture(y, at, table, index, g, patterns, m):
+    """``sum_k y[at + k] table[number of k, m]`` of group ``g``."""
+    total = np.float32(0)
+    for k in range(patterns):
+        total += y[at + k] * table[_number(index, g, k), m]
+    return total
+
+
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def masked(logits, table, key_low, key_high, noisy, kappa, tau, weight, out):
-    """``out[g] = weight[g] * sum_k y[g, k] table[k]``; ``logits`` flat (G * K), the others (G, M)."""
-    patterns, width = table.shape
-    groups = out.shape[0]
+def masked(logits, table, index, key_low, key_high, noisy, kappa, tau, weight, out):
+    """``out[g] = weight[g] * sum_k y[g, k] table[k]``; ``logits`` flat (G * K), the others (G, M).
+
+    With an ``index`` (G, K) the patterns of a group are ``table[index[g]]``.
+    """
+    groups, width = out.shape
+    patterns = logits.size // groups
     for chunk in numba.prange((groups + CHUNK - 1) // CHUNK):
         first = chunk * CHUNK
         count = min(CHUNK, groups - first)
@@ -132,19 +152,17 @@ def masked(logits, table, key_low, key_high, noisy, kappa, tau, weight, out):
         )  # fmt: skip
         for g in range(count):
             for m in range(width):
-                total = np.float32(0)
-                for k in range(patterns):
-                    total += y[g * patterns + k] * table[k, m]
+                total = _mixture(y, g * patterns, table, index, first + g, patterns, m)
                 out[first + g, m] = weight[first + g, m] * total
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def masked_backward(
-    logits, table, key_low, key_high, noisy, kappa, tau, weight, grad, square, d_logits, out
+    logits, table, index, key_low, key_high, noisy, kappa, tau, weight, grad, square, d_logits, out
 ):
     """``CandidateMix.backward``: probabilities made again, ``out`` and ``d_logits`` filled."""
-    patterns, width = table.shape
-    groups = grad.shape[0]
+    groups, width = grad.shape
+    patterns = logits.size // groups
     scale = kappa / tau
     for chunk in numba.prange((groups + CHUNK - 1) // CHUNK):
         first = chunk * CHUNK
@@ -158,17 +176,15 @@ def masked_backward(
         )  # fmt: skip
         for g in range(count):
             for m in range(width):
-                total = np.float32(0)
-                for k in range(patterns):
-                    total += y[g * patterns + k] * table[k, m]
+                total = _mixture(y, g * patterns, table, index, first + g, patterns, m)
                 w = weight[first + g, m]
                 out[first + g, m] = w * total
                 row[m] = w * (grad[first + g, m] + np.float32(2) * square * w * total)
             mean = np.float32(0)
             for k in range(patterns):
-                u = np.float32(0)
+                u, number = np.float32(0), _number(index, first + g, k)
                 for m in range(width):
-                    u += row[m] * table[k, m]
+                    u += row[m] * table[number, m]
                 scratch[k] = u
                 mean += u * y[g * patterns + k]
             for k in range(patterns):

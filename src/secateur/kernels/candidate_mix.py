@@ -2,10 +2,11 @@
 
 A group of M weights has logits over its K = C(M, N) patterns. Training multiplies the weights by
 the mixture ``M~ = softmax((kappa pi + g) / tau) S`` of the patterns S, with Gumbel noise g
-(arXiv 2409.17481, section 3). Noise comes from a hash of (key, group, pattern), so that forward
+(arXiv 2409.17481, section 3). Noise comes from a hash of (key, group, logit), so that forward
 and backward, a resumed run and a re-computed activation all see the same draw and nothing has to
 be stored but the logits. Backward makes the probabilities again: with ``u = (dL/dW^ * W) S^T``,
-``d pi = kappa / tau * y * (u - <u, y>)``.
+``d pi = kappa / tau * y * (u - <u, y>)``. A group may also choose among a few patterns of its own
+(``likeliest``), which is ours: S is then another for every group, named by numbers of patterns.
 
 On a CPU with numba (extra ``kernels``) both directions are one fused pass each, on a GPU with Triton
 torch.compile makes them so; elsewhere the same formulas run as torch operations over chunks.
@@ -13,6 +14,7 @@ torch.compile makes them so; elsewhere the same formulas run as torch operations
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -25,7 +27,9 @@ from torch import Tensor
 from secateur.kernels.threads import as_many_as_torch
 from secateur.masks.nm import candidates
 
-_CHUNK = 1 << 17  # groups the torch form works on at a time
+_CHUNK = 1 << 22  # numbers the torch form works on at a time
+NAMED = 256
+"""Most patterns of which a group may have a choice of its own: their numbers fit a byte."""
 _M32 = 0xFFFFFFFF
 _M64 = 0xFFFFFFFFFFFFFFFF
 
@@ -79,25 +83,62 @@ def softened(logits: Tensor, key: Any, kappa: Any, tau: Any, start: int = 0) -> 
     return torch.softmax(scores / tau, -1)
 
 
-class CandidateMix:
-    """The mixture of all patterns of ``keep``:``group``; one logit a pattern.
+def likeliest(keep: int, group: int, weight: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The ``count`` patterns of each group that are nearest to its mask, nearest first.
 
-    Weights and gradients are (G, M) views of a matrix's rows, logits (G, C(M, N)), float32.
+    Those that keep the most weights which the mask keeps; of equals those with the larger sum of
+    kept |w|, then the first. The same on every machine: sums of so few float32 are exact in float64.
+
+    Args:
+        weight: (G, M). mask: (G, M) bool, True = pruned.
+
+    Returns:
+        Numbers of patterns, (G, count) uint8: there are at most ``NAMED``.
+    """
+    patterns = candidates(keep, group).T.double()
+    number = torch.arange(patterns.shape[1])
+    out = torch.empty(len(weight), count, dtype=torch.uint8)
+    step = max(1, _CHUNK // len(number))
+    for at in range(0, len(weight), step):
+        part = slice(at, at + step)
+        size, kept = weight[part].double().abs().cpu(), (~mask[part]).double().cpu()
+        second = size @ patterns / size.sum(-1, keepdim=True).clamp_min(1e-300)  # at most 1
+        out[part] = (kept @ patterns + second / 2 - number * 2.0**-40).topk(count, -1).indices
+    return out
+
+
+class CandidateMix:
+    """The mixture of all patterns of ``keep``:``group``, or of some; one logit a pattern.
+
+    Weights and gradients are (G, M) views of a matrix's rows, logits (G, K), float32.
+
+    Args:
+        index: the numbers of the K patterns each group chooses among, (G, K) as ``likeliest``
+            gives them; None: all C(M, N).
     """
 
-    def __init__(self, keep: int, group: int) -> None:
-        self.keep, self.group = keep, group
+    def __init__(self, keep: int, group: int, index: Tensor | None = None) -> None:
+        self.keep, self.group, self.index = keep, group, index
         self.patterns = candidates(keep, group)
-        self.logits_per_group = len(self.patterns)
+        self.logits_per_group = len(self.patterns) if index is None else index.shape[-1]
 
     def prior(self, mask: Tensor) -> Tensor:
         """How much each pattern agrees with a mask (G, M; True = pruned), less the mean N^2/M."""
-        agreement = (~mask).float() @ self.patterns.float().T.to(mask.device)
+        kept, patterns = ~mask, self.patterns.to(mask.device)
+        if self.index is None:
+            agreement = kept.float() @ patterns.float().T
+        else:
+            chosen = patterns[self.index.to(mask.device).long()]
+            agreement = (chosen & kept.unsqueeze(-2)).sum(-1, dtype=torch.float32)
         return agreement - self.keep**2 / self.group
 
     def choose(self, logits: Tensor) -> Tensor:
         """The most likely mask, (G, M) bool, True = pruned; ties go to the first pattern."""
-        return ~self.patterns.to(logits.device)[logits.argmax(-1)]
+        number = logits.argmax(-1)
+        if self.index is not None:
+            chosen = self.index.to(logits.device).gather(-1, number.unsqueeze(-1))
+            number = chosen.squeeze(-1).long()
+        return ~self.patterns.to(logits.device)[number]
 
     def masked(self, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """``W * M~``, float32 (G, M)."""
@@ -106,14 +147,12 @@ class CandidateMix:
         if fused is not None:
             fused.masked(*_numpy(self, logits, draw), weight.numpy(), out.numpy())
             return out
-        table = self._table(logits.device)
         generated = _generated(logits, self.logits_per_group)
         if generated is not None:
-            made: Tensor = generated[0](weight, logits, table, *_tensors(draw, logits.device))
+            made: Tensor = generated[0](weight, logits, *_tensors(self, draw, logits.device))
             return made
-        for at in range(0, len(logits), _CHUNK):
-            part = slice(at, at + _CHUNK)
-            out[part] = weight[part] * (probabilities(logits[part], draw, at) @ table)
+        for part, table in self._parts(logits):
+            out[part] = weight[part] * _mixed(probabilities(logits[part], draw, part.start), table)
         return out
 
     def backward(
@@ -138,23 +177,32 @@ class CandidateMix:
                 out.numpy(),
             )
             return d_logits, out
-        table = self._table(logits.device)
         generated = _generated(logits, self.logits_per_group)
         if generated is not None:
             slope = torch.tensor(square, device=logits.device)
-            how = (table, *_tensors(draw, logits.device))
+            how = _tensors(self, draw, logits.device)
             d_logits, out = generated[1](weight, logits, grad, slope, *how)
             return d_logits, out
-        for at in range(0, len(logits), _CHUNK):
-            part = slice(at, at + _CHUNK)
-            y, w = probabilities(logits[part], draw, at), weight[part].float()
-            out[part] = w * (y @ table)
-            u = ((grad[part].float() + 2 * square * out[part]) * w) @ table.T
+        for part, table in self._parts(logits):
+            y, w = probabilities(logits[part], draw, part.start), weight[part].float()
+            out[part] = w * _mixed(y, table)
+            u = _mixed((grad[part].float() + 2 * square * out[part]) * w, table.mT)
             d_logits[part] = draw.kappa / draw.tau * y * (u - (u * y).sum(-1, keepdim=True))
         return d_logits, out
 
-    def _table(self, device: torch.device) -> Tensor:
-        return self.patterns.to(device, torch.float32)
+    def _parts(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Some groups at a time, and their patterns: (K, M) for all, or else (g, K, M)."""
+        table = self.patterns.to(logits.device, torch.float32)
+        step = max(1, _CHUNK // (self.logits_per_group * self.group))
+        for at in range(0, len(logits), step):
+            part = slice(at, at + step)
+            own = None if self.index is None else self.index[part].to(logits.device).long()
+            yield part, table if own is None else table[own]
+
+
+def _mixed(y: Tensor, table: Tensor) -> Tensor:
+    """(g, K) times (K, M) or (g, K, M) -> (g, M)."""
+    return (y.unsqueeze(-2) @ table).squeeze(-2)
 
 
 def _numpy(mix: CandidateMix, logits: Tensor, draw: Draw) -> tuple[Any, ...]:
@@ -162,6 +210,7 @@ def _numpy(mix: CandidateMix, logits: Tensor, draw: Draw) -> tuple[Any, ...]:
     return (
         logits.reshape(-1).numpy(),
         mix.patterns.float().numpy(),
+        None if mix.index is None else mix.index.numpy(),
         np.uint32(low),
         np.uint32(high),
         draw.key is not None,
@@ -170,10 +219,13 @@ def _numpy(mix: CandidateMix, logits: Tensor, draw: Draw) -> tuple[Any, ...]:
     )
 
 
-def _tensors(draw: Draw, device: torch.device) -> tuple[Tensor, Tensor, bool]:
-    """Key and (kappa, tau) in tensors, so that a new draw compiles nothing anew."""
+def _tensors(mix: CandidateMix, draw: Draw, device: torch.device) -> tuple[Any, ...]:
+    """Patterns, key and (kappa, tau) in tensors, so that a new draw compiles nothing anew."""
+    table = mix.patterns.to(device, torch.float32)
+    index = None if mix.index is None else mix.index.to(device)
     key = torch.tensor(draw.key or (0, 0), device=device)
-    return key, torch.tensor((draw.kappa, draw.tau), device=device), draw.key is not None
+    heat = torch.tensor((draw.kappa, draw.tau), device=device)
+    return table, index, key, heat, draw.key is not None
 
 
 def _generated(logits: Tensor, patterns: int) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from secateur.errors import UsageError
 from secateur.masks.target import Target
 from secateur.methods.base import Described, Need
-from secateur.training.maskllm import Learning, Logits
+from secateur.training.mask_logits import Learning, Logits
 from secateur.training.settings import Optimizer, TrainSettings
 
 
@@ -34,7 +34,8 @@ class MaskLLM(Described):
         weight_decay: on the logits.
         turns: the blocks are learned in so many shares, one after the other, each in its part of
             the steps, while the others are held under their masks: memory for one share only.
-        alpha, init_std, kappa, tau, weight_reg, logits: see ``training.maskllm.Learning``.
+        alpha, init_std, kappa, tau, weight_reg, logits, candidates: see
+            ``training.mask_logits.Learning``.
         distil: share of the loss that is the divergence from the dense model.
         temperature: of that divergence.
         validate_every: steps between two looks at the mask as it would be exported, on windows
@@ -63,6 +64,7 @@ class MaskLLM(Described):
     tau: tuple[float, float] = (4.0, 0.05)
     weight_reg: float = 1e-5
     logits: Logits = "auto"
+    candidates: int | None = None
     distil: float = 0.0
     temperature: float = 1.0
     validate_every: int = 50
@@ -96,7 +98,8 @@ class MaskLLM(Described):
                 value=self.turns,
                 fix="a prior such as wanda, or turns=1",
             )
-        _ = self.learning, self.settings  # refuse what they refuse
+        _ = self.settings  # refuse what it refuses
+        self.learning.refuse_no_prior(self.prior != "none")
 
     @property
     def one_shot(self) -> bool:
@@ -122,6 +125,7 @@ class MaskLLM(Described):
             tau=self.tau,
             weight_reg=self.weight_reg,
             logits=self.logits,
+            candidates=self.candidates,
             seed=self.seed,
         )
 
@@ -146,17 +150,17 @@ class MaskLLM(Described):
             patience=self.steps if self.keep_best else None,
         )
 
-    @staticmethod
-    def check_target(target: Target) -> None:
+    def check_target(self, target: Target) -> None:
         """Only a pattern can be learned.
 
         Raises:
-            UsageError: a plain sparsity.
+            UsageError: a plain sparsity; see ``Learning.logits_per_group``.
         """
-        if not target.is_pattern:
+        if target.keep is None or target.group is None:
             raise UsageError(
                 "MaskLLM learns N:M masks",
                 field="sparsity",
                 value=str(target),
                 fix="--sparsity 2:4",
             )
+        self.learning.logits_per_group(target.keep, target.group)

@@ -33,7 +33,8 @@ from secateur.run.session import Session
 from secateur.training.distil import distillation_loss
 from secateur.training.hooks import eight_bit_adamw
 from secateur.training.loop import Batch, Loss, fit, next_token_loss
-from secateur.training.maskllm import LearnedMasks, bytes_per_weight, learnable
+from secateur.training.mask_logits import bytes_per_weight
+from secateur.training.maskllm import LearnedMasks, learnable
 
 MASK = "learned.mask"
 """The file of pattern numbers in a run's folder, for the dense model it was learned on."""

@@ -118,9 +118,14 @@ def apply_to_folder(
     if loaded.stored is not None:
         loaded.model.to(loaded.stored)
     transposed = [m.name for m in ModelView.of(loaded.model).matrices() if m.transposed]
-    saved = save_pruned(loaded.model, out, loaded.tokenizer, facts={"mask": file.metadata})
     words = {"transposed": transposed} if transposed else {}
-    save_masks(out / FILE_NAME, file, words)
+    saved = save_pruned(
+        loaded.model,
+        out,
+        loaded.tokenizer,
+        facts={"mask": file.metadata},
+        also=lambda folder, _: save_masks(folder / FILE_NAME, file, words),
+    )
     gone = sum(int(masked.sum()) for masked in file.values())
     return {"folder": str(out), "zeros": gone, "of": file.elements, "tensors": saved["tensors"]}
 

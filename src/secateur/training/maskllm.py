@@ -20,8 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import comb
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,76 +34,7 @@ from secateur.models.discovery import is_linear
 from secateur.training.held_masks import Held
 from secateur.training.hooks import autocasted
 from secateur.training.loop import Batch, Hook, Loss, Training, next_token_loss
-from secateur.training.settings import Optimizer
-
-Logits = Literal["auto", "patterns", "weights"]
-ENUMERATED = 70
-"""Most patterns a group may have to get a logit each (4:8 has 70; 8:16 has 12,870)."""
-
-
-@dataclass(frozen=True)
-class Learning:
-    """How masks are learned; the defaults are the published ones.
-
-    Attributes:
-        alpha: how much the prior counts.
-        init_std: spread of the first logits.
-        kappa: scale of the logits, at the start and at the end.
-        tau: temperature, at the start and at the end.
-        weight_reg: lambda, how much large surviving weights are rewarded.
-        logits: one per ``patterns`` or one per ``weights``; auto: patterns up to 70 of them.
-        seed: of the first logits and of the noise.
-    """
-
-    alpha: float = 3.0
-    init_std: float = 0.01
-    kappa: tuple[float, float] = (100.0, 500.0)
-    tau: tuple[float, float] = (4.0, 0.05)
-    weight_reg: float = 1e-5
-    logits: Logits = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "weight_reg"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError("must not be negative", field=name, value=getattr(self, name))
-        if not self.init_std > 0:
-            raise UsageError(
-                "equal logits have no spread for the prior to be scaled by",
-                field="init_std",
-                value=self.init_std,
-                fix="0.01 is the published one",
-            )
-        for name in ("kappa", "tau"):
-            if any(not 0 < end < float("inf") for end in getattr(self, name)):
-                raise UsageError("must be positive", field=name, value=getattr(self, name))
-        if self.logits not in ("auto", "patterns", "weights"):
-            raise UsageError(
-                "unknown", field="logits", value=self.logits, fix="auto, patterns or weights"
-            )
-
-    def draw(self, done: float, key: tuple[int, int] | None) -> Draw:
-        """The draw when the share ``done`` of the steps is over."""
-        (k0, k1), (t0, t1) = self.kappa, self.tau
-        return Draw(key, k0 + (k1 - k0) * done, t0 + (t1 - t0) * done)
-
-    def mixture(self, keep: int, group: int) -> CandidateMix | SoftTop:
-        """How the masks of a group are parametrised.
-
-        Raises:
-            UsageError: a logit per pattern was asked for and there are too many patterns.
-        """
-        patterns = comb(group, keep)
-        if self.logits == "weights" or (self.logits == "auto" and patterns > ENUMERATED):
-            return SoftTop(keep, group)
-        if patterns > ENUMERATED:
-            raise UsageError(
-                f"{keep}:{group} has {patterns} patterns, too many for a logit each",
-                field="logits",
-                value=self.logits,
-                fix="logits: weights",
-            )
-        return CandidateMix(keep, group)
+from secateur.training.mask_logits import Learning, first_logits
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -253,8 +183,8 @@ class LearnedMasks(Hook):
                 if learn is not None and matrix.name not in learn:
                     masks._hold(matrix, known[matrix.name])
                     continue
-                mix = options.mixture(*patterns[matrix.name])
                 given = known.get(matrix.name)
+                mix = options.mixture(matrix, *patterns[matrix.name], given)
                 masks._put(matrix, mix, first_logits(matrix, mix, options, given, generator))
             if not masks.modules:
                 raise UsageError(
@@ -406,59 +336,3 @@ class _Lifted(nn.Module):
 def learnable(matrix: Matrix) -> bool:
     """Whether a mask can be learned for it: it is a layer of its own."""
     return matrix.index is None and is_linear(matrix.module)
-
-
-def first_logits(
-    matrix: Matrix,
-    mix: CandidateMix | SoftTop,
-    options: Learning,
-    prior: Tensor | None,
-    generator: torch.Generator,
-) -> Tensor:
-    """Logits (G, K) of one matrix: a little noise, and the prior in units of its spread.
-
-    Raises:
-        UsageError: M does not divide the inputs; the prior is of another shape.
-    """
-    rows, columns = matrix.shape
-    if columns % mix.group:
-        raise UsageError(
-            f"'{matrix.name}' has {columns} inputs, which {mix.group} does not divide",
-            field="sparsity",
-            value=f"{mix.keep}:{mix.group}",
-            fix=f"--exclude '{matrix.name}', or another pattern",
-        )
-    if prior is not None and tuple(prior.shape) != matrix.shape:
-        raise UsageError(
-            f"the prior of '{matrix.name}' is {tuple(prior.shape)}, not {matrix.shape}",
-            field="prior",
-            value=tuple(prior.shape),
-            fix="a mask of this model",
-        )
-    shape = (rows * columns // mix.group, mix.logits_per_group)
-    logits = torch.randn(shape, generator=generator) * options.init_std
-    if prior is not None:
-        logits += options.alpha * logits.std() * mix.prior(prior.view(-1, mix.group))
-    return logits
-
-
-def bytes_per_weight(
-    keep: int,
-    group: int,
-    options: Learning,
-    optimizer: Optimizer = "adamw",
-    *,
-    keep_best: bool = False,
-    turns: int = 1,
-) -> float:
-    """Bytes that learning takes for each masked weight, beyond the frozen model's.
-
-    Logits, their gradient, and the optimizer's two moments (one for ``sgd``), in float32
-    (``adamw8bit``: in a byte, and a scale for every 256), and the best logits so far; noise and
-    mixtures are made again instead of kept. Every mask that something starts from or is held
-    under is a byte. In ``turns`` only one share has logits.
-    """
-    per_group = options.mixture(keep, group).logits_per_group
-    moments = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "sgd": 4.0}[optimizer]
-    a_logit = 4 + 4 + moments + 4 * keep_best
-    return per_group / group * a_logit / turns + 1
