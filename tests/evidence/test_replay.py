@@ -211,6 +211,8 @@ def test_block_by_block_gradients_equal_direct_ones(family, chunk, tmp_path):
     )
     for block in view.blocks:
         loaded = store.load_gradients(block.index)
+        there = store.load_gradients(block.index, device="meta")
+        assert all(t.is_meta for m in there.values() for t in m.sums.values())
         for matrix in block.matrices:
             ours, theirs = of_matrix(loaded, matrix), of_matrix(direct, matrix)
             assert ours.samples == theirs.samples == 3

@@ -201,6 +201,11 @@ class GradientMoments:
         for norm, total in other.sums.items():
             self.sums[norm] = self.sums[norm] + total if norm in self.sums else total
 
+    def to(self, device: torch.device | str) -> GradientMoments:
+        """The same sums, moved in place."""
+        self.sums = {name: tensor.to(device) for name, tensor in self.sums.items()}
+        return self
+
     def norm(self, kind: str) -> Tensor:
         """``l1``: sum |g|; ``l2``: sqrt(sum g^2); ``signed``: |sum g|. Over samples, not averaged."""
         total = self.sums[kind]

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -88,7 +89,8 @@ class EvidenceStore:
         if self.path(block).exists():
             before = self.load_gradients(block)
             for key, item in sums.items():
-                item.merge(before[key])
+                held = next(iter(item.sums.values()), None)
+                item.merge(before[key] if held is None else before[key].to(held.device))
         self.save_gradients(block, sums)
 
     def save_gradients(self, block: int, sums: dict[str, GradientMoments]) -> None:
@@ -97,7 +99,9 @@ class EvidenceStore:
         same = {k: json.dumps([m.samples, list(m.norms)]) for k, m in sums.items()}
         self._write(block, tensors, same)
 
-    def load_gradients(self, block: int) -> dict[str, GradientMoments]:
+    def load_gradients(
+        self, block: int, device: torch.device | str = "cpu"
+    ) -> dict[str, GradientMoments]:
         """A block's gradient sums by parameter key."""
         tensors, header = self._read(block)
         out: dict[str, GradientMoments] = {}
@@ -106,6 +110,7 @@ class EvidenceStore:
             out[key] = GradientMoments(tuple(norms))
             out[key].samples = samples
             out[key].sums = dict(_part(tensors, key))
+            out[key].to(device)
         return out
 
     def _write(self, block: int, tensors: dict[str, Tensor], header: dict[str, str]) -> None:

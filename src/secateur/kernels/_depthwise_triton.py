@@ -9,33 +9,41 @@ import triton.language as tl
 
 @triton.jit
 def direct(
-    x, out, start, tap, weight, bias,
-    outputs, multiplier, height, width, out_height, out_width, kernel_w,
-    stride_h, stride_w, dilation_h, dilation_w, top, left, low, high,
-    BLOCK: tl.constexpr,
+    x, out, start, tap, weight, bias, total, low, high,
+    OUTPUTS: tl.constexpr, MULTIPLIER: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Outputs [program 1 * BLOCK, ...) of plane program 0."""
-    plane = tl.program_id(0).to(tl.int64)
-    channel = plane % outputs
-    image = x + plane // multiplier * height * width
+    """Outputs [program 1 * BLOCK, ...) of channel program 0, counted over all ``total`` of the batch.
+
+    Sizes are constants, so that no division is left, and small planes of several images share a tile.
+    """
+    channel = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < out_height * out_width
-    y = at // out_width * stride_h - top
-    z = at % out_width * stride_w - left
-    total = tl.zeros((BLOCK,), tl.float32) + tl.load(bias + channel)
+    inside = at < total
+    image = (at // (OUT_HEIGHT * OUT_WIDTH)).to(tl.int64)
+    place = at % (OUT_HEIGHT * OUT_WIDTH)
+    y = place // OUT_WIDTH * STRIDE_H - TOP
+    z = place % OUT_WIDTH * STRIDE_W - LEFT
+    plane = image * (OUTPUTS // MULTIPLIER) + channel // MULTIPLIER
+    source = x + plane * (HEIGHT * WIDTH) + y * WIDTH + z
+    sums = tl.zeros((BLOCK,), tl.float32) + tl.load(bias + channel)
     first = tl.load(start + channel)
     last = tl.load(start + channel + 1)
     for t in range(first, last):
-        place = tl.load(tap + t)
-        row = y + place // kernel_w * dilation_h
-        column = z + place % kernel_w * dilation_w
-        seen = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        value = tl.load(image + row * width + column, mask=seen, other=0.0)
-        total += tl.load(weight + t) * value.to(tl.float32)
+        which = tl.load(tap + t)
+        down = which // KERNEL_W * DILATION_H
+        right = which % KERNEL_W * DILATION_W
+        row, column = y + down, z + right
+        seen = inside & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+        value = tl.load(source + down * WIDTH + right, mask=seen, other=0.0)
+        sums += tl.load(weight + t) * value.to(tl.float32)
     # comparisons, so that NaN stays
-    total = tl.where(total < low, low, total)
-    total = tl.where(total > high, high, total)
-    tl.store(out + plane * out_height * out_width + at, total, mask=inside)
+    sums = tl.where(sums < low, low, sums)
+    sums = tl.where(sums > high, high, sums)
+    target = (image * OUTPUTS + channel) * (OUT_HEIGHT * OUT_WIDTH) + place
+    tl.store(out + target, sums, mask=inside)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Tap lists on a CUDA device: two Triton kernels, timed against torch's own layer where they run.
 
 ``direct``
-    One program makes a tile of one plane from its channel's taps; no matrix product. Bound by
-    memory, and does a 32nd of the other's arithmetic.
+    One program makes a tile of one channel from its taps, over the images of the batch; no matrix
+    product. Does a 32nd of the other's arithmetic.
 ``gather``
     The product of DEPrune: 32 channels at a time, A (32, n) of the columns that are left times
     B (n, tile) gathered from the input (never stored). n is padded to a multiple of 32, so time is
@@ -28,7 +28,7 @@ from secateur.masks.depthwise import CHANNELS
 
 Form = Literal["direct", "gather", "torch", "torch channels last"]
 FORMS: tuple[Form, ...] = ("direct", "gather", "torch", "torch channels last")
-BLOCKS: dict[Form, tuple[int, ...]] = {"direct": (64, 256, 1024), "gather": (32, 64, 128)}
+BLOCKS: dict[Form, tuple[int, ...]] = {"direct": (128, 256, 512, 1024), "gather": (32, 64, 128)}
 """Outputs of a tile that are tried."""
 _STEP = 32  # columns of one product
 
@@ -110,14 +110,14 @@ def _run(x: Tensor, taps: Taps, form: Form, block: int) -> Tensor:
 
 
 def direct(x: Tensor, taps: Taps, block: int = 256) -> Tensor:
-    """One program for each tile of ``block`` outputs of a plane."""
+    """One program for each tile of ``block`` outputs of a channel, over all images."""
     x = x.contiguous()
     out = x.new_empty((x.shape[0], taps.outputs, *taps.size(x.shape[2], x.shape[3])))
     lists = _placed(taps, x)
-    planes, area = x.shape[0] * taps.outputs, out.shape[2] * out.shape[3]
-    _kernels().direct[(planes, -(-area // block))](
-        x, out, lists["start"], lists["tap"], lists["weight"], lists["bias"],
-        *_sizes(x, out, taps), taps.low, taps.high, block,
+    total = x.shape[0] * out.shape[2] * out.shape[3]
+    _kernels().direct[(taps.outputs, -(-total // block))](
+        x, out, lists["start"], lists["tap"], lists["weight"], lists["bias"], total,
+        taps.low, taps.high, *_sizes(x, out, taps), block,
     )  # fmt: skip
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from secateur.errors import UsageError
@@ -27,7 +28,7 @@ def gather_gradients(session: Session, root: Path | None) -> Gradients | None:
     }
     store = None if root is None else EvidenceStore(root, "gradients", key)
     if store is not None and store.complete:
-        return store.load_gradients
+        return partial(store.load_gradients, device=session.device)
     if session.resident is not None:
         if store is None:
             raise UsageError("gradients of a streamed model need --out", field="stream", value=True)
@@ -44,7 +45,7 @@ def gather_gradients(session: Session, root: Path | None) -> Gradients | None:
             progress=session.progress,
         )
         store.finish()
-        return store.load_gradients
+        return partial(store.load_gradients, device=session.device)
     sums = direct_gradients(
         session.view,
         session.ranks.share(windows.ids),
@@ -60,4 +61,4 @@ def gather_gradients(session: Session, root: Path | None) -> Gradients | None:
     for block in session.view.blocks:
         store.save_gradients(block.index, {k: sums[k] for k in keys[block.index]})
     store.finish()
-    return store.load_gradients
+    return partial(store.load_gradients, device=session.device)

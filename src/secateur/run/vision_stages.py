@@ -80,8 +80,12 @@ def load_outcome(folder: RunFolder, session: VisionSession) -> VisionOutcome | N
 
 @torch.no_grad()
 def probe(session: VisionSession, count: int = 4) -> tuple[Tensor, Tensor]:
-    """A few images as input, and the logits the network gives for them, on the CPU."""
+    """A few images as input, and the logits the network gives for them on the CPU.
+
+    There because a GPU convolves in TF32, and what is opened again must agree to float32's rounding.
+    """
     images = session.test or session.train
     pixels = images.first(count).batch(range(min(count, len(images)))).pixels
-    logits = logits_of(session.model.eval()(pixels.to(session.device)))
-    return pixels, logits.float().cpu()
+    logits = logits_of(session.model.cpu().eval()(pixels))
+    session.model.to(session.device)
+    return pixels, logits.float()
