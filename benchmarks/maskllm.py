@@ -37,7 +37,7 @@ from benchmarks.stories import sampled_windows, stories_folder
 from secateur.data.windows import Windows
 from secateur.files import write_json
 from secateur.kernels import candidate_mix
-from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of
+from secateur.kernels.candidate_mix import CandidateMix, Draw, key_of, likeliest
 from secateur.masks.selection import select
 from secateur.masks.target import Cut, Scope, Target
 from secateur.models.anatomy import ModelView
@@ -55,6 +55,8 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
     "sparsegpt, weights updated": {"method": "sparsegpt"},
     "sparsegpt, best": {"quality": "best"},
 }
+WIDE: dict[str, Any] = {"sparsity": "4:8", "exclude": ["*down_proj"], "steps": 4 / 15}
+"""4:8, where a group has 70 masks; 8 does not divide the inputs of ``down_proj``."""
 LEARNED: dict[str, dict[str, Any]] = {
     "maskllm, sparsegpt prior": {},
     "maskllm, magnitude prior": {"prior": "magnitude"},
@@ -64,10 +66,17 @@ LEARNED: dict[str, dict[str, Any]] = {
     "maskllm, kappa 1e5": {"kappa": (1e5, 1e5)},
     "maskllm, a quarter of the steps": {"steps": 0.25},
     "maskllm, four candidates": {"candidates": 4},
+    "maskllm, four candidates, 8-bit moments": {"candidates": 4, "optimizer": "adamw8bit"},
+    "maskllm, three candidates": {"candidates": 3},
     "maskllm, a logit a weight": {"logits": "weights"},
     "maskllm, five turns": {"turns": 5},
     "maskllm, 8-bit moments": {"optimizer": "adamw8bit"},
     "maskllm, momentum only": {"optimizer": "sgd", "lr": 1.0},
+    "maskllm, momentum only, rate 0.1": {"optimizer": "sgd", "lr": 0.1},
+    "maskllm, momentum only, rate 0.01": {"optimizer": "sgd", "lr": 0.01},
+    "4:8, all seventy masks": WIDE,
+    "4:8, eight candidates": WIDE | {"candidates": 8},
+    "4:8, a logit a weight": WIDE | {"logits": "weights"},
 }
 WINDOWS, LENGTH = 1024, 256
 LOGITS = 6 << 18
@@ -95,6 +104,7 @@ def cell(name: str, seed: int, steps: int) -> dict[str, Any]:
     options = {"steps": steps, "batch": 8, "seed": seed, "validate_every": max(1, steps // 8)}
     changes = dict(LEARNED[name])
     share = changes.pop("steps", 1.0)
+    settings |= {key: changes.pop(key) for key in ("sparsity", "exclude") if key in changes}
     options |= {**changes, "steps": max(1, round(steps * share))}
     started = time.process_time()
     result = secateur.prune(model, method="maskllm", options=options, calibration=train, **settings)
@@ -181,6 +191,7 @@ def speed(rounds: int) -> dict[str, Any]:
         return run
 
     kernels = alternate({"fused": both(True), "torch": both(False)}, rounds)
+    few = {f"{k} of {n}:{m}": fewer(n, m, k, rounds) for n, m, k in ((2, 4, 4), (4, 8, 8))}
     moments = alternate({k: updated(k) for k in ("adamw", "adamw8bit")}, rounds)
     per_group = {k: spread([s / groups * 1e9 for s in v], 1) for k, v in kernels.items()}
     return {
@@ -192,6 +203,7 @@ def speed(rounds: int) -> dict[str, Any]:
             "nanoseconds_a_group_forward_and_backward": per_group,
             "times_faster": ratio(kernels["torch"], kernels["fused"]),
         },
+        "candidates": few,
         "update_with_moments_in_8_bits": {
             "times_adamw": ratio(moments["adamw8bit"], moments["adamw"]),
             "nanoseconds_a_logit": {
@@ -199,6 +211,34 @@ def speed(rounds: int) -> dict[str, Any]:
             },
         },
         "bytes_a_weight": {"logits, gradient, two moments": 24, "kept for backward": 0},
+    }
+
+
+def fewer(keep: int, group: int, count: int, rounds: int) -> dict[str, Any]:
+    """The fused mixture of a choice of ``count`` masks a group, against that of all of them."""
+    groups, draw = 1 << 15, Draw(key_of(1), 200.0, 2.0)
+    weight, grad = torch.randn(groups, group), torch.randn(groups, group)
+    mask = torch.ones(groups, group, dtype=torch.bool)
+    mask.scatter_(-1, weight.abs().topk(keep).indices, False)
+    index = likeliest(keep, group, weight, mask, count)
+
+    def both(mix: CandidateMix) -> Callable[[], None]:
+        logits = torch.randn(groups, mix.logits_per_group) * 0.01
+
+        def run() -> None:
+            mix.masked(weight, logits, draw)
+            mix.backward(weight, logits, grad, 0.0, draw)
+
+        run()
+        return run
+
+    some, every = CandidateMix(keep, group, index), CandidateMix(keep, group)
+    seconds = alternate({"some": both(some), "all": both(every)}, rounds)
+    return {
+        "times_all": ratio(seconds["some"], seconds["all"]),
+        "nanoseconds_a_group": {
+            k: spread([s / groups * 1e9 for s in v], 1) for k, v in seconds.items()
+        },
     }
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from secateur.kernels.threads import as_many_as_torch
 from secateur.masks.nm import candidates
 
-_CHUNK = 1 << 22  # numbers the torch form works on at a time
+_CHUNK = 1 << 19  # numbers the torch form works on at a time on a CPU, which a cache holds
+_LAUNCH = 1 << 26  # and elsewhere, where a chunk is a launch of each operation
 NAMED = 256
 """Most patterns of which a group may have a choice of its own: their numbers fit a byte."""
 _M32 = 0xFFFFFFFF
@@ -193,7 +194,8 @@ class CandidateMix:
     def _parts(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Some groups at a time, and their patterns: (K, M) for all, or else (g, K, M)."""
         table = self.patterns.to(logits.device, torch.float32)
-        step = max(1, _CHUNK // (self.logits_per_group * self.group))
+        most = _CHUNK if logits.device.type == "cpu" else _LAUNCH
+        step = max(1, most // (self.logits_per_group * self.group))
         for at in range(0, len(logits), step):
             part = slice(at, at + step)
             own = None if self.index is None else self.index[part].to(logits.device).long()
