@@ -108,7 +108,11 @@ def finish(name: str, figures: dict[str, Any], path: Path | None) -> None:
     from secateur.evaluation.speed import machine
     from secateur.files import write_json
 
-    given = [a for a in sys.argv[1:] if path is None or a not in ("--json", str(path))]
+    given = [
+        "PATH" if a.startswith("/") else a  # where things lie on one machine says nothing
+        for a in sys.argv[1:]
+        if path is None or a not in ("--json", str(path))
+    ]
     outcome = {
         "command": " ".join(["python -m", f"benchmarks.{name}", *given]),
         "machine": machine(torch.device("cpu")),

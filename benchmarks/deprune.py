@@ -46,11 +46,13 @@ CACHE = Path(__file__).parent / ".cache"
 
 
 def cut(model: nn.Module, example: Tensor, variant: str, share: float, pw: float) -> VisionOutcome:
-    """DEPrune in place."""
+    """DEPrune in place; ``b-global`` compares taps over all layers."""
+    name, _, layers = variant.partition("-")
     job = VisionJob(
         model, channel_groups(model, example), VisionTarget("weights", share), example=example
     )
-    return DEPrune(variant=variant, pw=pw).prune(job)  # type: ignore[arg-type]
+    method = DEPrune(variant=name, layers=layers or "uniform", pw=pw)  # type: ignore[arg-type]
+    return method.prune(job)
 
 
 @torch.no_grad()

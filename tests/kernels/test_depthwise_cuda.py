@@ -78,7 +78,7 @@ def test_the_kernels_logic_by_the_interpreter():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: never run on one yet")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_form_on_a_device(dtype):
     conv, mask = layer(72)
