@@ -67,6 +67,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "maskllm, a quarter of the steps": {"steps": 0.25},
     "maskllm, four candidates": {"candidates": 4},
     "maskllm, four candidates, 8-bit moments": {"candidates": 4, "optimizer": "adamw8bit"},
+    "maskllm, three candidates": {"candidates": 3},
     "maskllm, a logit a weight": {"logits": "weights"},
     "maskllm, five turns": {"turns": 5},
     "maskllm, 8-bit moments": {"optimizer": "adamw8bit"},
