@@ -15,6 +15,7 @@ from secateur.cli import main
 from secateur.data.samples import IGNORED, Samples, read_samples, sample_batches
 from secateur.errors import UsageError
 from secateur.models.tiny import randomise, tiny_tokenizer
+from secateur.report import write_report
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["red leaf", "green branch and root", "a thorn", "cut here", "grow", "seven roses in a row"]
@@ -116,6 +117,21 @@ def test_a_folder_whose_weights_changed_is_told(
     assert main(["verify", str(out)]) == 1
     assert "answers differently" in capsys.readouterr().err
     assert main(["verify", "--quick", str(out)]) == 0
+
+
+@pytest.mark.parametrize(("dense", "pruned"), [(0.0, 1.0), (None, 2.0), (1.0, float("nan"))])
+def test_a_report_of_losses_that_do_not_compare(
+    dense: float | None, pruned: float, tmp_path: Path
+) -> None:
+    model, data = saved(tmp_path / "model", "classifier"), rows(
+        tmp_path / "data.jsonl", label=lambda n: n % 3
+    )  # fmt: skip
+    out = tmp_path / "out"
+    assert main(["heads", str(model), "--data", str(data), "--out", str(out)]) == 0
+    record = json.loads((out / "secateur" / "result.json").read_text())
+    record["held_out"] |= {"dense": dense, "pruned": pruned}
+    page = write_report(record, out)["html"].read_text()
+    assert ("not a finite number" in page) == (dense is None or pruned != pruned)
 
 
 def test_a_decoder_of_grouped_heads_verifies(

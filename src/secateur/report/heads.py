@@ -75,9 +75,13 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, str]]:
     if held is None:
         out.append(("caution", "Nothing was measured: there was no sample left over."))
     elif "dense" in held:
-        worse = held["pruned"] > held["dense"]
-        change = words.change(held["dense"], held["pruned"])
-        out.append(("caution" if worse else "good", f"Held-out {held['what']}: {change}."))
+        before, after = held["dense"], held["pruned"]
+        if before is None or after is None:
+            out.append(("caution", f"Held-out {held['what']}: not a finite number."))
+        else:
+            change = words.change(before, after) if before else words.figure(after)
+            tone = "caution" if after > before else "good"
+            out.append((tone, f"Held-out {held['what']}: {change}."))
     opens = "transformers" if result["stock"] else "secateur.load_pruned"
     why = f" ({result['why']})" if result["why"] else ""
     out.append(("plain", f"The folder opens with {opens}{why}."))

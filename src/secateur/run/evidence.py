@@ -32,12 +32,12 @@ def gather_gradients(session: Session, root: Path | None) -> Gradients | None:
     if session.resident is not None:
         if store is None:
             raise UsageError("gradients of a streamed model need --out", field="stream", value=True)
-        replay = session.replay(windows, batch_size=1)
-        store.clear()
         if session.ranks.world > 1:
             raise UsageError(
                 "gradients of a streamed model are gathered by one process", field="stream"
             )
+        replay = session.replay(windows, batch_size=1)
+        store.clear()
         gradients_by_block(
             replay,
             norms,

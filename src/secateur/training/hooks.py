@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -208,10 +209,10 @@ def eight_bit_adamw() -> type:
     before = log.level
     log.setLevel(logging.ERROR)  # it warns of kernels that have no part in this
     try:
-        from bitsandbytes.optim import AdamW8bit
+        optimizers: Any = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
         raise MissingExtra("bitsandbytes", "bnb", "optimizer adamw8bit") from error
     finally:
         log.setLevel(before)
-    kind: type = AdamW8bit
+    kind: type = optimizers.AdamW8bit
     return kind

@@ -169,7 +169,7 @@ def first_logits(
     shape = (rows * columns // mix.group, mix.logits_per_group)
     logits = torch.randn(shape, generator=generator) * options.init_std
     if prior is not None:
-        logits += options.alpha * logits.std() * mix.prior(prior.view(-1, mix.group))
+        logits += options.alpha * logits.std() * mix.prior(prior.reshape(-1, mix.group))
     return logits
 
 
