@@ -79,8 +79,9 @@ def layer(channels: int, size: int, kernel: int, stride: int, dtype: torch.dtype
         wanted = nn.functional.conv2d(x, weight, None, stride, kernel // 2, 1, channels).float()
         for form in ("direct", "gather"):
             micro[f"{form} {share:g}"] = best(form, x, taps)
-            seen = getattr(forms, form)(x, taps).float()
-            gap = max(gap, float((seen - wanted).norm() / wanted.norm()))
+            for block in forms.BLOCKS[form]:  # type: ignore[index]
+                seen = getattr(forms, form)(x, taps, block).float()
+                gap = max(gap, float((seen - wanted).norm() / wanted.norm()))
     native = min(micro["torch planes"], micro["torch channels last"])
     ours = {s: min(micro[f"direct {s:g}"], micro[f"gather {s:g}"]) for s in SHARES}
     return {

@@ -1,5 +1,6 @@
 """The CUDA forms: their lists here, their logic by Triton's interpreter, themselves on a device."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -89,6 +90,18 @@ def test_every_form_on_a_device(dtype):
     for form in depthwise_triton.FORMS:
         seen = depthwise_triton.depthwise_cuda(x, taps, form)
         assert torch.allclose(seen.float(), wanted, atol=1e-4 if dtype is torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 1, 0, 1), (2, 2, 1, 1)])
+@pytest.mark.parametrize("form", ["torch", "torch channels last"])
+def test_torch_forms_pad_as_told(form, padding):
+    conv, mask = layer(12)
+    taps = dataclasses.replace(Taps.of(conv, mask), padding=padding)
+    x = torch.randn(2, 12, 9, 8)
+    top, bottom, left, right = padding
+    padded = torch.nn.functional.pad(x, (left, right, top, bottom))
+    wanted = torch.nn.functional.conv2d(padded, taps.dense(), taps.bias, groups=12)
+    assert torch.allclose(depthwise_triton._run(x, taps, form, 0), wanted, atol=1e-5)
 
 
 def test_without_a_device_nothing_is_offered():

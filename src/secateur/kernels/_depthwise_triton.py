@@ -15,12 +15,13 @@ def direct(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Outputs [program 1 * BLOCK, ...) of channel program 0, counted over all ``total`` of the batch.
+    """A tile of BLOCK outputs of a channel, counted over all ``total`` of the batch.
 
     Sizes are constants, so that no division is left, and small planes of several images share a tile.
     """
-    channel = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # One axis: the second has room for 65,535 programs only.
+    channel = tl.program_id(0) % OUTPUTS
+    at = tl.program_id(0) // OUTPUTS * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
     image = (at // (OUT_HEIGHT * OUT_WIDTH)).to(tl.int64)
     place = at % (OUT_HEIGHT * OUT_WIDTH)
@@ -51,13 +52,13 @@ def gather(
     x, out, matrix, owner, tap, bias,
     outputs, multiplier, height, width, out_height, out_width, kernel_w,
     stride_h, stride_w, dilation_h, dilation_w, top, left, low, high,
-    groups, columns,
+    ranges, groups, columns,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Outputs [program 1 * BLOCK, ...) of 32 channels of one image."""
-    image = (tl.program_id(0) // groups).to(tl.int64)
-    group = tl.program_id(0) % groups
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """A tile of BLOCK outputs of 32 channels of one image; ``ranges`` = images * groups."""
+    image = (tl.program_id(0) % ranges // groups).to(tl.int64)
+    group = tl.program_id(0) % ranges % groups
+    at = tl.program_id(0) // ranges * BLOCK + tl.arange(0, BLOCK)
     inside = at < out_height * out_width
     y = at // out_width * stride_h - top
     z = at % out_width * stride_w - left

@@ -55,21 +55,22 @@ def depthwise_cuda(x: Tensor, taps: Taps, form: Form | None = None) -> Tensor:
         form: None: whichever was fastest for this shape when it was first met.
     """
     x = x.detach()
-    if form is None:
-        return _run(x, taps, *_fastest(x, taps))
-    return _run(x, taps, form, BLOCKS.get(form, (0,))[0])
+    with torch.cuda.device(x.device):  # kernels start on the current device
+        if form is None:
+            return _run(x, taps, *_fastest(x, taps))
+        return _run(x, taps, form, BLOCKS.get(form, (0,))[0])
 
 
 def measured(taps: Taps, x: Tensor) -> dict[tuple[Form, int], float]:
     """Seconds of every form and size of tile for this input, from the choice made for it."""
     _fastest(x, taps)
-    found: dict[tuple[Form, int], float] = _memory(taps)["seconds", tuple(x.shape), x.dtype]
+    found: dict[tuple[Form, int], float] = _memory(taps)["seconds", *_key(x)]
     return found
 
 
 def _fastest(x: Tensor, taps: Taps) -> tuple[Form, int]:
     memory = _memory(taps)
-    key = tuple(x.shape), x.dtype
+    key = _key(x)
     if key not in memory:
         ways = [(form, block) for form in FORMS for block in BLOCKS.get(form, (0,))]
         seconds = {way: _seconds(lambda way=way: _run(x, taps, *way)) for way in ways}  # type: ignore[misc]
@@ -77,6 +78,11 @@ def _fastest(x: Tensor, taps: Taps) -> tuple[Form, int]:
         memory[key] = min(seconds, key=lambda way: seconds[way])
     way: tuple[Form, int] = memory[key]
     return way
+
+
+def _key(x: Tensor) -> tuple[Any, ...]:
+    """What the choice of a form depends on."""
+    return tuple(x.shape), x.stride(), x.dtype, x.device
 
 
 def _seconds(work: Callable[[], Tensor], rounds: int = 20) -> float:
@@ -101,10 +107,11 @@ def _run(x: Tensor, taps: Taps, form: Form, block: int) -> Tensor:
     if form == "torch channels last":
         x = x.contiguous(memory_format=torch.channels_last)
         weight = weight.contiguous(memory_format=torch.channels_last)
-    out = F.conv2d(
-        F.pad(x, (left, right, top, bottom)), weight, bias, taps.stride, 0, taps.dilation,
-        taps.channels,
-    )  # fmt: skip
+    even = top == bottom and left == right
+    if not even:
+        x = F.pad(x, (left, right, top, bottom))
+    padding = (top, left) if even else 0
+    out = F.conv2d(x, weight, bias, taps.stride, padding, taps.dilation, taps.channels)
     bounded = taps.low > -math.inf or taps.high < math.inf
     return out.clamp_(taps.low, taps.high) if bounded else out
 
@@ -115,7 +122,7 @@ def direct(x: Tensor, taps: Taps, block: int = 256) -> Tensor:
     out = x.new_empty((x.shape[0], taps.outputs, *taps.size(x.shape[2], x.shape[3])))
     lists = _placed(taps, x)
     total = x.shape[0] * out.shape[2] * out.shape[3]
-    _kernels().direct[(taps.outputs, -(-total // block))](
+    _kernels().direct[(taps.outputs * -(-total // block),)](
         x, out, lists["start"], lists["tap"], lists["weight"], lists["bias"], total,
         taps.low, taps.high, *_sizes(x, out, taps), block,
     )  # fmt: skip
@@ -129,9 +136,10 @@ def gather(x: Tensor, taps: Taps, block: int = 64) -> Tensor:
     lists = _placed(taps, x)
     matrix, row, tap = lists["columns"]
     groups, area = len(matrix), out.shape[2] * out.shape[3]
-    _kernels().gather[(x.shape[0] * groups, -(-area // block))](
+    ranges = x.shape[0] * groups
+    _kernels().gather[(ranges * -(-area // block),)](
         x, out, matrix, row, tap, lists["bias"], *_sizes(x, out, taps), taps.low, taps.high,
-        groups, matrix.shape[2], block,
+        ranges, groups, matrix.shape[2], block,
     )  # fmt: skip
     return out
 
