@@ -122,6 +122,14 @@ class CandidateMix:
         self.keep, self.group, self.index = keep, group, index
         self.patterns = candidates(keep, group)
         self.logits_per_group = len(self.patterns) if index is None else index.shape[-1]
+        self._placed: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
+
+    def placed(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Patterns as float32 and ``index``, copied to a device once."""
+        if device not in self._placed:
+            index = None if self.index is None else self.index.to(device)
+            self._placed[device] = self.patterns.to(device, torch.float32), index
+        return self._placed[device]
 
     def prior(self, mask: Tensor) -> Tensor:
         """How much each pattern agrees with a mask (G, M; True = pruned), less the mean N^2/M."""
@@ -157,7 +165,7 @@ class CandidateMix:
         return out
 
     def backward(
-        self, weight: Tensor, logits: Tensor, grad: Tensor, square: float, draw: Draw
+        self, weight: Tensor, logits: Tensor, grad: Tensor, square: float | Tensor, draw: Draw
     ) -> tuple[Tensor, Tensor]:
         """Gradient of the logits, and ``W * M~`` once more (for the gradient of the input).
 
@@ -180,7 +188,7 @@ class CandidateMix:
             return d_logits, out
         generated = _generated(logits, self.logits_per_group)
         if generated is not None:
-            slope = torch.tensor(square, device=logits.device)
+            slope = torch.as_tensor(square, dtype=torch.float32, device=logits.device)
             how = _tensors(self, draw, logits.device)
             d_logits, out = generated[1](weight, logits, grad, slope, *how)
             return d_logits, out
@@ -223,11 +231,15 @@ def _numpy(mix: CandidateMix, logits: Tensor, draw: Draw) -> tuple[Any, ...]:
 
 def _tensors(mix: CandidateMix, draw: Draw, device: torch.device) -> tuple[Any, ...]:
     """Patterns, key and (kappa, tau) in tensors, so that a new draw compiles nothing anew."""
-    table = mix.patterns.to(device, torch.float32)
-    index = None if mix.index is None else mix.index.to(device)
-    key = torch.tensor(draw.key or (0, 0), device=device)
-    heat = torch.tensor((draw.kappa, draw.tau), device=device)
+    table, index = mix.placed(device)
+    key = _sent(torch.tensor(draw.key or (0, 0)), device)
+    heat = _sent(torch.tensor((draw.kappa, draw.tau)), device)
     return table, index, key, heat, draw.key is not None
+
+
+def _sent(small: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for the work that is queued there."""
+    return small.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else small
 
 
 def _generated(logits: Tensor, patterns: int) -> Any:

@@ -62,7 +62,7 @@ class SoftTop:
         return torch.cat([weight[part] * m for part, m in self._masks(logits, draw)])
 
     def backward(
-        self, weight: Tensor, logits: Tensor, grad: Tensor, square: float, draw: Draw
+        self, weight: Tensor, logits: Tensor, grad: Tensor, square: float | Tensor, draw: Draw
     ) -> tuple[Tensor, Tensor]:
         """See ``CandidateMix.backward``."""
         d_logits = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
