@@ -147,29 +147,33 @@ def grid(seeds: list[int], steps: int, names: list[str]) -> dict[str, Any]:
     return {"steps": steps, "table": table}
 
 
+def training_step(model: nn.Module, ids: Tensor, learned: bool) -> Callable[[], None]:
+    """A step that learns 2:4 masks, or else one that trains what the model lets be trained."""
+    masks = None
+    if learned:
+        view = ModelView.of(model)
+        masks = LearnedMasks.attach(view, {m.name: (2, 4) for m in view.matrices()}, Learning())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        for number, module in enumerate(masks.modules.values() if masks else ()):
+            module.draw = Learning().draw(0.5, key_of(number))
+        next_token_loss(model, Batch(ids)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+
+    step(), step()
+    return step
+
+
 def speed(rounds: int) -> dict[str, Any]:
     """A step of learning against one of plain fine-tuning, and the fused mixture against torch's."""
     ids = sampled_windows(8, 1, LENGTH)
 
     def step_of(learned: bool) -> Callable[[], None]:
-        model = load(str(stories_folder())).model
-        masks = None
-        if learned:
-            view = ModelView.of(model)
-            patterns = {m.name: (2, 4) for m in view.matrices()}
-            masks = LearnedMasks.attach(view, patterns, Learning())
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4)
-
-        def step() -> None:
-            for number, module in enumerate(masks.modules.values() if masks else ()):
-                module.draw = Learning().draw(0.5, key_of(number))
-            next_token_loss(model, Batch(ids)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        step()
-        return step
+        return training_step(load(str(stories_folder())).model, ids, learned)
 
     seconds = alternate({"plain": step_of(False), "learned": step_of(True)}, rounds)
     mix, groups = CandidateMix(2, 4), 1 << 18

@@ -26,12 +26,10 @@ import torch
 
 import secateur
 from benchmarks.common import RESULTS, alternate, arguments, finish, ratio, spread
+from benchmarks.maskllm import training_step
 from benchmarks.stories import CACHE, ROOT
-from secateur.kernels.candidate_mix import key_of
 from secateur.models.anatomy import ModelView
 from secateur.models.loading import load
-from secateur.training.loop import Batch, next_token_loss
-from secateur.training.maskllm import LearnedMasks, Learning
 
 DATA = Path(os.environ.get("SECATEUR_DATA", ROOT.parent / "shared" / "data")) / "wikitext-2"
 LENGTH = 512
@@ -64,27 +62,10 @@ def speed(device: str, batch: int, rounds: int) -> dict[str, Any]:
 
     def step_of(masked: bool) -> Callable[[], None]:
         model = load("demo", device=device).model
-        view = ModelView.of(model)
-        matrices = {id(matrix.module.weight) for matrix in view.matrices()}
-        masks = None
-        if masked:
-            masks = LearnedMasks.attach(view, {m.name: (2, 4) for m in view.matrices()}, Learning())
-        else:
-            for parameter in model.parameters():
-                parameter.requires_grad_(id(parameter) in matrices)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-        def step() -> None:
-            for number, module in enumerate(masks.modules.values() if masks else ()):
-                module.draw = Learning().draw(0.5, key_of(number))
-            next_token_loss(model, Batch(ids)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        step(), step()
-        return step
+        matrices = {id(matrix.module.weight) for matrix in ModelView.of(model).matrices()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in matrices)
+        return training_step(model, ids, masked)
 
     clock = time.perf_counter if device == "cuda" else time.process_time
     seconds = alternate({"plain": step_of(False), "learned": step_of(True)}, rounds, clock)
@@ -141,7 +122,8 @@ def main() -> None:
         "maskllm_smollm.json" if given.device == "cpu" else "maskllm_smollm_cuda.json"
     )
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    cells = {k: record.get(k, {}) for k in ("one_shot", "learned", "step")}
+    kept = {k: v for k, v in record.items() if k not in ("command", "machine")}
+    cells = {"one_shot": {}, "learned": {}, "step": {}} | kept
     if given.device == "cuda":
         cells["gpu"] = torch.cuda.get_device_name()
     if given.speed:

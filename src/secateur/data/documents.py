@@ -53,7 +53,7 @@ class Source:
         Raises:
             UsageError: not readable as what it should be.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say this itself")
 
     def pieces(self, at: Any = None) -> Iterator[Piece]:
         """Pieces from a place on, which is some piece's ``at``; None: from the start."""
@@ -70,7 +70,7 @@ class Source:
 
     def record(self) -> dict[str, Any]:
         """What a run's record says about it; the same text gives the same record."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say this itself")
 
 
 def stretches(document: str, start: int = 0) -> Iterator[tuple[int, int]]:

@@ -181,7 +181,7 @@ class CandidateMix:
                 *_numpy(self, logits, draw),
                 weight.numpy(),
                 grad.numpy(),
-                np.float32(square),
+                np.float32(float(square)),
                 d_logits.reshape(-1).numpy(),
                 out.numpy(),
             )

@@ -59,7 +59,7 @@ class _Ranked(VisionMethod):
 
     def score(self, job: VisionJob, group: ChannelGroup) -> Tensor:
         """Importance of the group's units, (n_units,), higher = keep."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not score")
 
     def check_job(self, job: VisionJob) -> None:
         """See ``VisionMethod``."""

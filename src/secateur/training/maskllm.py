@@ -67,7 +67,7 @@ class _MaskedLinear(torch.autograd.Function):
             _groups(weight, mix),
             logits.detach(),
             d_weight.reshape(-1, mix.group),
-            float(square) if square.device.type == "cpu" else square,  # no waiting for a device
+            square,
             draw,
         )
         d_x = grad @ masked.view(weight.shape).to(grad.dtype) if ctx.needs_input_grad[0] else None
